@@ -1,0 +1,208 @@
+"""The sparse feed-forward layer: predictor -> bank top-k -> gated SwiGLU.
+
+This is the reference path: gate and up are computed for all channels and masked before `down`, which is what training
+needs (the straight-through gradient reads dropped channels too). Parameter names and shapes are those of the dense FFN,
+so a dense checkpoint loads with only predictor keys missing.
+
+Shapes: T leading dimensions (tokens), D hidden, F channels, N banks, K active per bank.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from bankwise.config.sparsity import SparsityConfig
+
+from bankwise.ffn.bank import bank_topk_mask, cut_banks
+from bankwise.ffn.gates import SteUnitGate, gate_activation, selected_channels
+from bankwise.ffn.predictor import Predictor
+from bankwise.ffn.routing_loss import channel_energy, routing_loss
+
+
+@dataclass
+class RoutingRecord:
+    """What the sparse layers report while `record_routing` is active; one entry per layer and forward."""
+
+    loss_kind: str = "kl"
+    """Form of the auxiliary loss: `kl` or `bce`."""
+
+    scope: str = "all"
+    """Channels that the auxiliary loss looks at: `all`, or the `selected` ones."""
+
+    with_loss: bool = True
+    """Whether the auxiliary loss is computed (it costs several passes over [T, F])."""
+
+    token_fraction: float = 1.0
+    """Share of the tokens (evenly spaced) that the auxiliary loss and the statistics read."""
+
+    layers: list[int] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    recalls: list[Tensor] = field(default_factory=list)
+    retained: list[Tensor] = field(default_factory=list)
+    """Retained energy of the predictor's choice."""
+    retained_oracle: list[Tensor] = field(default_factory=list)
+    """Retained energy of the oracle's choice."""
+
+
+class SparseSwiGLU(nn.Module):
+    """y = Wd (mask * gate * (h - c) + c), h = silu(Wg x) * (Wu x), mask = bank top-K of the predictor's logits.
+
+    `active_per_bank` is a plain attribute: setting it to `bank_size` re-densifies the layer.
+    """
+
+    def __init__(
+        self, hidden_size: int, ffn_size: int, sparsity: SparsityConfig, layer: int, *, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.sparsity = sparsity
+        self.bank_size = sparsity.bank_size
+        self.active_per_bank = sparsity.active_in_layer(layer)
+        self.gate_proj = nn.Linear(hidden_size, ffn_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, ffn_size, bias=bias)
+        self.down_proj = nn.Linear(ffn_size, hidden_size, bias=bias)
+        rank = sparsity.resolve_rank(hidden_size, ffn_size)
+        self.predictor = Predictor(hidden_size, ffn_size, rank, sparsity.predictor_form)
+        if sparsity.gate_mode in ("affine", "relu_rms"):
+            self.gate_weight = nn.Parameter(torch.empty(ffn_size))
+        if sparsity.gate_mode == "default_ema":
+            self.register_buffer("activation_mean", torch.zeros(ffn_size))
+        if sparsity.center == "learnable":
+            self.center = nn.Parameter(torch.zeros(ffn_size))
+        elif sparsity.center != "off":
+            self.register_buffer("center", torch.zeros(ffn_size))
+        self.routing_record: RoutingRecord | None = None
+        self.reset_own_parameters()
+
+    @torch.no_grad()
+    def reset_own_parameters(self) -> None:
+        """Start values of what a dense checkpoint does not hold, except the predictor's matrices."""
+        if self.sparsity.gate_mode == "affine":
+            self.gate_weight.zero_()
+        if self.sparsity.gate_mode == "relu_rms":
+            # With equal positive logits this makes the gate 1 (method.md section 2.4).
+            self.gate_weight.fill_((self.active_per_bank / self.bank_size) ** 0.5)
+        for name in ("activation_mean", "center"):
+            if (value := getattr(self, name, None)) is not None:
+                value.zero_()
+        for name in ("gate_offset", "up_offset", "gate_log_noise", "up_log_noise"):
+            if (value := getattr(self.predictor, name, None)) is not None:
+                value.zero_()
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Routing logits z [..., F], float32, for FFN inputs x [..., D]."""
+        return self.predictor(x_TD)
+
+    def active_mask(self, x_TD: Tensor) -> Tensor:
+        """bool [..., F]: the channels that each token reads; exactly K per bank (but see `stat_topk`)."""
+        logits_TF = self.logits(x_TD)
+        if self.sparsity.gate_mode == "stat_topk":
+            cut = cut_banks(logits_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank)
+            return selected_channels(logits_TF, cut, "stat_topk", self.bank_size, self.active_per_bank)
+        return bank_topk_mask(logits_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank)
+
+    def dense_activation(self, x_TD: Tensor) -> Tensor:
+        """h_TF of the dense SwiGLU."""
+        return functional.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        h_TF = self.dense_activation(x_TD)
+        logits_TF = self.logits(x_TD)
+        if self.routing_record is not None:
+            self._record(self.routing_record, x_TD, h_TF, logits_TF)
+        if self.sparsity.predictor_grad == "aux" or self.sparsity.gate_mode == "detached":
+            logits_TF = logits_TF.detach()
+        return self.down_proj(self._gate(h_TF, logits_TF))
+
+    def _gate(self, h_TF: Tensor, logits_TF: Tensor) -> Tensor:
+        settings = self.sparsity
+        if settings.center == "off":
+            center_F = None
+            moved_TF = h_TF
+        else:
+            center_F = self.center.to(h_TF.dtype)
+            moved_TF = h_TF - center_F
+        if self.training and (settings.center == "ema" or settings.gate_mode == "default_ema"):
+            self._update_running_mean(h_TF, logits_TF)
+        if settings.gate_mode == "ste_unit" and settings.h_grad == "masked":
+            gated_TF = SteUnitGate.apply(
+                moved_TF, logits_TF, self.bank_size, self.active_per_bank, settings.ste_alpha, settings.ste_tau
+            )
+        else:
+            gated_TF = gate_activation(
+                moved_TF,
+                logits_TF,
+                gate_mode=settings.gate_mode,
+                bank_size=self.bank_size,
+                active_per_bank=self.active_per_bank,
+                gate_norm=settings.gate_norm,
+                ste_alpha=settings.ste_alpha,
+                ste_tau=settings.ste_tau,
+                h_grad=settings.h_grad,
+                gate_weight_F=getattr(self, "gate_weight", None),
+                default_F=getattr(self, "activation_mean", None),
+            )
+        return gated_TF if center_F is None else gated_TF + center_F
+
+    @torch.no_grad()
+    def _update_running_mean(self, h_TF: Tensor, logits_TF: Tensor) -> None:
+        # default_ema: mean over the tokens that kept the channel. center=ema: over those that dropped it, which is the
+        # least-squares value of a dropped channel (method.md section 2.5).
+        mask_TF = cut_banks(logits_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank).mask_TF
+        is_default = self.sparsity.gate_mode == "default_ema"
+        counted_TF = (mask_TF if is_default else ~mask_TF).flatten(0, -2).float()
+        count_F = counted_TF.sum(dim=0)
+        mean_F = (h_TF.flatten(0, -2).float() * counted_TF).sum(dim=0) / count_F.clamp_min(1)
+        running_F = self.activation_mean if is_default else self.center
+        running_F.lerp_(mean_F.to(running_F.dtype), 0.01 * (count_F > 0).to(running_F.dtype))
+
+    def _record(self, record: RoutingRecord, x_TD: Tensor, h_TF: Tensor, logits_TF: Tensor) -> None:
+        stride = max(1, round(1 / record.token_fraction))
+        center_F = None if self.sparsity.center == "off" else self.center
+        h_TF = h_TF.detach().flatten(0, -2)[::stride]
+        energy_TF = channel_energy(h_TF, self.down_proj.weight, center_F)
+        sampled_TF = logits_TF.flatten(0, -2)[::stride]
+        cut = cut_banks(sampled_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank)
+        record.layers.append(self.layer)
+        if record.with_loss and self.sparsity.predictor_grad != "lm":
+            # The loss sees the input detached: it may train the predictor, never reshape the trunk.
+            own_TF = self.logits(x_TD.detach().flatten(0, -2)[::stride])
+            record.losses.append(
+                routing_loss(
+                    own_TF, energy_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank,
+                    kind=record.loss_kind, selected_TF=cut.mask_TF if record.scope == "selected" else None,
+                )
+            )  # fmt: skip
+        oracle_TF = bank_topk_mask(energy_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank)
+        total_T = energy_TF.square().sum(dim=-1).clamp_min(1e-30)
+        record.recalls.append((cut.mask_TF & oracle_TF).sum() / oracle_TF.sum())
+        record.retained.append(((energy_TF * cut.mask_TF).square().sum(dim=-1) / total_T).mean())
+        record.retained_oracle.append(((energy_TF * oracle_TF).square().sum(dim=-1) / total_T).mean())
+
+    def extra_repr(self) -> str:
+        return f"active={self.active_per_bank} of {self.bank_size}, gate_mode={self.sparsity.gate_mode}"
+
+
+def sparse_layers(model: nn.Module) -> list[SparseSwiGLU]:
+    """The sparse layers of a model, in order."""
+    return [module for module in model.modules() if isinstance(module, SparseSwiGLU)]
+
+
+class record_routing:
+    """Context manager: every sparse layer of `model` reports into the returned `RoutingRecord` while it is active."""
+
+    def __init__(self, model: nn.Module, **settings: Any) -> None:
+        self.layers = sparse_layers(model)
+        self.record = RoutingRecord(**settings)
+
+    def __enter__(self) -> RoutingRecord:
+        for layer in self.layers:
+            layer.routing_record = self.record
+        return self.record
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self.layers:
+            layer.routing_record = None

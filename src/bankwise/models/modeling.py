@@ -1,0 +1,252 @@
+"""The transformers model classes: a dense family's model with `SparseSwiGLU` in place of its feed-forward.
+
+Everything but the feed-forward and the chunked loss is the dense family's own code, so caches, attention back ends,
+generation, gradient checkpointing and `device_map` work as they do there.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralModel
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
+
+from bankwise.config.sparsity import SparsityConfig
+from bankwise.ffn.layer import SparseSwiGLU
+from bankwise.models.lm_loss import IGNORED_LABEL, chunked_lm_loss
+
+PREDICTOR_TP_PLAN = {
+    "layers.*.mlp.predictor.reduce": "replicated_with_grad_allreduce",
+    "layers.*.mlp.predictor.expand": "colwise",
+}
+
+
+def validate_sparsity(config: Any) -> SparsityConfig:
+    """The `SparsityConfig` of a model config, checked against the model's shape."""
+    sparsity = SparsityConfig.from_dict(config.sparsity or {})
+    sparsity.validate_for(
+        ffn_size=config.intermediate_size, num_layers=config.num_hidden_layers, hidden_act=config.hidden_act
+    )
+    return sparsity
+
+
+def install_sparse_ffn(base_model: nn.Module, config: Any) -> None:
+    """Replace the feed-forward of every layer that is not in `dense_layers`."""
+    sparsity = validate_sparsity(config)
+    for index, layer in enumerate(base_model.layers):
+        if index not in sparsity.dense_layers:
+            layer.mlp = SparseSwiGLU(
+                config.hidden_size,
+                config.intermediate_size,
+                sparsity,
+                index,
+                bias=getattr(config, "mlp_bias", False),
+            )
+
+
+def chunked_causal_lm_forward(
+    self: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int | Tensor = 0,
+    *,
+    num_items_in_batch: Tensor | int | None = None,
+    ce_weight: float = 1.0,
+    kd_weight: float = 0.0,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Tensor | None = None,
+    loss_chunk: int = 1024,
+    **kwargs: Any,
+) -> CausalLMOutputWithPast:
+    """Forward of a causal LM whose training loss never materialises the logits.
+
+    In training mode with `labels`, `logits` is None and `loss` is the mean over target tokens (over
+    `num_items_in_batch` where given) of ce_weight * cross entropy + kd_weight * KL(teacher || student), the teacher
+    given as its last hidden states and its head. In every other case this is the dense family's own forward.
+    """
+    if labels is None or not self.training:
+        if labels is not None and num_items_in_batch is not None:
+            kwargs["num_items_in_batch"] = num_items_in_batch
+        return type(self).dense_forward(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+    outputs = self.model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        inputs_embeds=inputs_embeds,
+        use_cache=use_cache,
+        **kwargs,
+    )
+    hidden_TD = outputs.last_hidden_state[:, :-1].flatten(0, 1)
+    labels_T = labels[:, 1:].flatten()
+    loss = chunked_lm_loss(
+        hidden_TD,
+        self.lm_head.weight,
+        labels_T,
+        chunk_size=loss_chunk,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        teacher_TD=None if teacher_hidden is None else teacher_hidden[:, :-1].flatten(0, 1),
+        teacher_head_VD=teacher_head,
+    )
+    items = num_items_in_batch if num_items_in_batch is not None else (labels_T != IGNORED_LABEL).sum().clamp_min(1)
+    self.last_loss_parts = (loss.cross_entropy / items, loss.distillation / items)
+    return CausalLMOutputWithPast(
+        loss=loss.total / items,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+
+
+class _SparseWeights:
+    """Start values of what a dense checkpoint lacks; shared by the four families."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, SparseSwiGLU):
+            module.reset_own_parameters()
+
+
+class BankwiseLlamaConfig(LlamaConfig):
+    """LlamaConfig plus `sparsity`, a `SparsityConfig` as a plain dict."""
+
+    model_type = "bankwise_llama"
+    base_model_tp_plan = LlamaConfig.base_model_tp_plan | PREDICTOR_TP_PLAN
+    sparsity: dict | None = None
+
+
+class BankwiseMistralConfig(MistralConfig):
+    """MistralConfig plus `sparsity`, a `SparsityConfig` as a plain dict."""
+
+    model_type = "bankwise_mistral"
+    base_model_tp_plan = MistralConfig.base_model_tp_plan | PREDICTOR_TP_PLAN
+    sparsity: dict | None = None
+
+
+class BankwiseQwen2Config(Qwen2Config):
+    """Qwen2Config plus `sparsity`, a `SparsityConfig` as a plain dict."""
+
+    model_type = "bankwise_qwen2"
+    base_model_tp_plan = Qwen2Config.base_model_tp_plan | PREDICTOR_TP_PLAN
+    sparsity: dict | None = None
+
+
+class BankwiseQwen3Config(Qwen3Config):
+    """Qwen3Config plus `sparsity`, a `SparsityConfig` as a plain dict."""
+
+    model_type = "bankwise_qwen3"
+    base_model_tp_plan = Qwen3Config.base_model_tp_plan | PREDICTOR_TP_PLAN
+    sparsity: dict | None = None
+
+
+class BankwiseLlamaModel(_SparseWeights, LlamaModel):
+    config_class = BankwiseLlamaConfig
+
+    def __init__(self, config: BankwiseLlamaConfig) -> None:
+        super().__init__(config)
+        install_sparse_ffn(self, config)
+        self.post_init()
+
+
+class BankwiseMistralModel(_SparseWeights, MistralModel):
+    config_class = BankwiseMistralConfig
+
+    def __init__(self, config: BankwiseMistralConfig) -> None:
+        super().__init__(config)
+        install_sparse_ffn(self, config)
+        self.post_init()
+
+
+class BankwiseQwen2Model(_SparseWeights, Qwen2Model):
+    config_class = BankwiseQwen2Config
+
+    def __init__(self, config: BankwiseQwen2Config) -> None:
+        super().__init__(config)
+        install_sparse_ffn(self, config)
+        self.post_init()
+
+
+class BankwiseQwen3Model(_SparseWeights, Qwen3Model):
+    config_class = BankwiseQwen3Config
+
+    def __init__(self, config: BankwiseQwen3Config) -> None:
+        super().__init__(config)
+        install_sparse_ffn(self, config)
+        self.post_init()
+
+
+class BankwiseLlamaForCausalLM(_SparseWeights, LlamaForCausalLM):
+    config_class = BankwiseLlamaConfig
+    dense_forward = LlamaForCausalLM.forward
+    forward = chunked_causal_lm_forward
+
+    def __init__(self, config: BankwiseLlamaConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = BankwiseLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class BankwiseMistralForCausalLM(_SparseWeights, MistralForCausalLM):
+    config_class = BankwiseMistralConfig
+    dense_forward = MistralForCausalLM.forward
+    forward = chunked_causal_lm_forward
+
+    def __init__(self, config: BankwiseMistralConfig) -> None:
+        super(MistralForCausalLM, self).__init__(config)
+        self.model = BankwiseMistralModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class BankwiseQwen2ForCausalLM(_SparseWeights, Qwen2ForCausalLM):
+    config_class = BankwiseQwen2Config
+    dense_forward = Qwen2ForCausalLM.forward
+    forward = chunked_causal_lm_forward
+
+    def __init__(self, config: BankwiseQwen2Config) -> None:
+        super(Qwen2ForCausalLM, self).__init__(config)
+        self.model = BankwiseQwen2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class BankwiseQwen3ForCausalLM(_SparseWeights, Qwen3ForCausalLM):
+    config_class = BankwiseQwen3Config
+    dense_forward = Qwen3ForCausalLM.forward
+    forward = chunked_causal_lm_forward
+
+    def __init__(self, config: BankwiseQwen3Config) -> None:
+        super(Qwen3ForCausalLM, self).__init__(config)
+        self.model = BankwiseQwen3Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
