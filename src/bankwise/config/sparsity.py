@@ -1,10 +1,8 @@
 """How the sparse FFN of a model is built. Stored as a plain dict under `sparsity` in the model's `config.json`."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from bankwise.errors import ConfigError
 
@@ -150,7 +148,7 @@ class SparsityConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SparsityConfig:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Inverse of `to_dict`; unknown keys raise `ConfigError`."""
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)

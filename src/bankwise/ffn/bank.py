@@ -40,7 +40,7 @@ def bank_topk_mask(logits: Tensor, *, bank_size: int = 64, active_per_bank: int 
     Logits are compared in float32 (float64 logits as they are). Of equal logits the lower channel wins. Non-finite logits raise `RoutingError`,
     shapes that do not fit raise `ConfigError`.
     """
-    if logits.shape[-1] % bank_size or not 1 <= active_per_bank <= bank_size:
+    if bank_size < 1 or logits.shape[-1] % bank_size or not 1 <= active_per_bank <= bank_size:
         raise ConfigError(
             f"cannot keep {active_per_bank} of every {bank_size} in {logits.shape[-1]} channels: bank_size must divide "
             "the channels, and active_per_bank must lie in 1..bank_size"

@@ -11,6 +11,7 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from bankwise.ffn.bank import BankCut, cut_banks, to_routing_dtype, token_chunks
@@ -83,13 +84,12 @@ def _gate_value(
         p_TF = _boundary_probability(logits_TF, cut.threshold_TN1, bank_size, ste_tau)
         return mask_TF + ste_alpha * (p_TF - p_TF.detach())
     if gate_mode == "sigmoid":
+        if gate_norm == "bank_mean_1":
+            # sigma / sum(sigma) as a softmax of log sigma: finite where every sigma of a bank underflows.
+            log_sigma_TF = functional.logsigmoid(logits_TF).masked_fill(~mask_TF, float("-inf"))
+            return active_per_bank * log_sigma_TF.unflatten(-1, (-1, bank_size)).softmax(dim=-1).flatten(-2)
         sigma_TF = mask_TF * torch.sigmoid(logits_TF)
-        if gate_norm == "none":
-            return sigma_TF
-        if gate_norm == "2sigma":
-            return 2 * sigma_TF
-        sigma_TNB = sigma_TF.unflatten(-1, (-1, bank_size))
-        return (active_per_bank * sigma_TNB / sigma_TNB.sum(dim=-1, keepdim=True)).flatten(-2)
+        return 2 * sigma_TF if gate_norm == "2sigma" else sigma_TF
     if gate_mode == "affine":
         assert gate_weight_F is not None
         return mask_TF * (1 + to_routing_dtype(gate_weight_F) * (torch.sigmoid(logits_TF) - 0.5))
@@ -106,18 +106,27 @@ def _gate_value(
 
 def _boundary_probability(logits_TF: Tensor, threshold_TN1: Tensor, bank_size: int, ste_tau: float) -> Tensor:
     logits_TNB = logits_TF.unflatten(-1, (-1, bank_size))
-    return torch.sigmoid((logits_TNB - threshold_TN1) / _bank_width(logits_TNB.detach(), ste_tau)).flatten(-2)
+    from_cut_TNB = logits_TNB - threshold_TN1
+    return torch.sigmoid(from_cut_TNB / _bank_width(from_cut_TNB.detach(), ste_tau)).flatten(-2)
 
 
-def _bank_width(logits_TNB: Tensor, ste_tau: float) -> Tensor:
-    """tau_b = tau * population standard deviation of each bank, [T, N, 1]; torch.std is 15 times slower on a CPU."""
-    mean_TN1 = logits_TNB.mean(dim=-1, keepdim=True)
-    square_TN1 = torch.linalg.vector_norm(logits_TNB, dim=-1, keepdim=True).square() / logits_TNB.shape[-1]
+def _bank_width(from_cut_TNB: Tensor, ste_tau: float) -> Tensor:
+    """tau_b = tau * population standard deviation of each bank, [T, N, 1]; torch.std is 15 times slower on a CPU.
+
+    Takes the logits less their bank's threshold: the difference of squares would lose a spread of 1 around 4096.
+    """
+    mean_TN1 = from_cut_TNB.mean(dim=-1, keepdim=True)
+    square_TN1 = torch.linalg.vector_norm(from_cut_TNB, dim=-1, keepdim=True).square() / from_cut_TNB.shape[-1]
     return ste_tau * (square_TN1 - mean_TN1.square()).clamp_min(1e-12).sqrt()
 
 
+@torch.compiler.assume_constant_result
+def _normal_quantile(probability: float) -> float:
+    return NormalDist().inv_cdf(probability)
+
+
 def _statistical_threshold(logits_TF: Tensor, bank_size: int, active_per_bank: int) -> Tensor:
-    quantile = NormalDist().inv_cdf(1 - active_per_bank / bank_size)
+    quantile = _normal_quantile(1 - active_per_bank / bank_size)
     logits_TNB = logits_TF.unflatten(-1, (-1, bank_size))
     mean_TN1 = logits_TNB.mean(dim=-1, keepdim=True)
     # The small constant keeps the gradient of the square root finite in a bank of equal logits.
@@ -164,8 +173,9 @@ class SteUnitGate(torch.autograd.Function):
                 dh_TF[part] = dy_TF[part] * mask_TF[part].to(dy_TF.dtype)
             if dz_TF is not None:
                 logits_TNB = to_routing_dtype(logits_TF[part]).unflatten(-1, (-1, bank_size))
-                scale_TN1 = 1 / _bank_width(logits_TNB, tau)
-                p_TNB = torch.sub(logits_TNB, threshold_TN1[part]).mul_(scale_TN1).sigmoid_()
+                from_cut_TNB = logits_TNB - threshold_TN1[part]
+                scale_TN1 = 1 / _bank_width(from_cut_TNB, tau)
+                p_TNB = from_cut_TNB.mul_(scale_TN1).sigmoid_()
                 slope_TF = (1 - p_TNB).mul_(p_TNB).mul_(alpha * scale_TN1).flatten(-2)
                 dz_TF[part] = slope_TF.mul_((h_TF[part] * dy_TF[part]).to(slope_TF.dtype))
         return (

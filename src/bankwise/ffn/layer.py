@@ -35,6 +35,9 @@ class RoutingRecord:
     with_loss: bool = True
     """Whether the auxiliary loss is computed (it costs several passes over [T, F])."""
 
+    with_statistics: bool = True
+    """Whether recall and retained energy are computed."""
+
     token_fraction: float = 1.0
     """Share of the tokens (evenly spaced) that the auxiliary loss and the statistics read."""
 
@@ -66,31 +69,28 @@ class SparseSwiGLU(nn.Module):
         self.down_proj = nn.Linear(ffn_size, hidden_size, bias=bias)
         rank = sparsity.resolve_rank(hidden_size, ffn_size)
         self.predictor = Predictor(hidden_size, ffn_size, rank, sparsity.predictor_form)
-        if sparsity.gate_mode in ("affine", "relu_rms"):
-            self.gate_weight = nn.Parameter(torch.empty(ffn_size))
-        if sparsity.gate_mode == "default_ema":
-            self.register_buffer("activation_mean", torch.zeros(ffn_size))
-        if sparsity.center == "learnable":
-            self.center = nn.Parameter(torch.zeros(ffn_size))
-        elif sparsity.center != "off":
-            self.register_buffer("center", torch.zeros(ffn_size))
+        trained = {"gate_weight"} | ({"center"} if sparsity.center == "learnable" else set())
+        for name, value in self.start_values().items():
+            start_F = torch.full((ffn_size,), value)
+            if name in trained:
+                self.register_parameter(name, nn.Parameter(start_F))
+            else:
+                self.register_buffer(name, start_F)
         self.routing_record: RoutingRecord | None = None
-        self.reset_own_parameters()
 
-    @torch.no_grad()
-    def reset_own_parameters(self) -> None:
-        """Start values of what a dense checkpoint does not hold, except the predictor's matrices."""
+    def start_values(self) -> dict[str, float]:
+        """Constant start of the layer's own vectors, by name: what neither the dense FFN nor the predictor holds."""
+        values = {}
         if self.sparsity.gate_mode == "affine":
-            self.gate_weight.zero_()
+            values["gate_weight"] = 0.0
         if self.sparsity.gate_mode == "relu_rms":
             # With equal positive logits this makes the gate 1 (method.md section 2.4).
-            self.gate_weight.fill_((self.active_per_bank / self.bank_size) ** 0.5)
-        for name in ("activation_mean", "center"):
-            if (value := getattr(self, name, None)) is not None:
-                value.zero_()
-        for name in ("gate_offset", "up_offset", "gate_log_noise", "up_log_noise"):
-            if (value := getattr(self.predictor, name, None)) is not None:
-                value.zero_()
+            values["gate_weight"] = (self.active_per_bank / self.bank_size) ** 0.5
+        if self.sparsity.gate_mode == "default_ema":
+            values["activation_mean"] = 0.0
+        if self.sparsity.center != "off":
+            values["center"] = 0.0
+        return values
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Routing logits z [..., F], float32, for FFN inputs x [..., D]."""
@@ -111,6 +111,10 @@ class SparseSwiGLU(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         h_TF = self.dense_activation(x_TD)
         logits_TF = self.logits(x_TD)
+        has_running_mean = self.sparsity.center == "ema" or self.sparsity.gate_mode == "default_ema"
+        if self.training and has_running_mean and not _is_recomputing():
+            # Before anything reads it, so that one forward, and its recomputation, use one centre throughout.
+            self._update_running_mean(h_TF, logits_TF)
         if self.routing_record is not None:
             self._record(self.routing_record, x_TD, h_TF, logits_TF)
         if self.sparsity.predictor_grad == "aux" or self.sparsity.gate_mode == "detached":
@@ -125,8 +129,6 @@ class SparseSwiGLU(nn.Module):
         else:
             center_F = self.center.to(h_TF.dtype)
             moved_TF = h_TF - center_F
-        if self.training and (settings.center == "ema" or settings.gate_mode == "default_ema"):
-            self._update_running_mean(h_TF, logits_TF)
         if settings.gate_mode == "ste_unit" and settings.h_grad == "masked":
             gated_TF = SteUnitGate.apply(
                 moved_TF, logits_TF, self.bank_size, self.active_per_bank, settings.ste_alpha, settings.ste_tau
@@ -176,6 +178,8 @@ class SparseSwiGLU(nn.Module):
                     kind=record.loss_kind, selected_TF=cut.mask_TF if record.scope == "selected" else None,
                 )
             )  # fmt: skip
+        if not record.with_statistics:
+            return
         oracle_TF = bank_topk_mask(energy_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank)
         total_T = energy_TF.square().sum(dim=-1).clamp_min(1e-30)
         record.recalls.append((cut.mask_TF & oracle_TF).sum() / oracle_TF.sum())
@@ -184,6 +188,11 @@ class SparseSwiGLU(nn.Module):
 
     def extra_repr(self) -> str:
         return f"active={self.active_per_bank} of {self.bank_size}, gate_mode={self.sparsity.gate_mode}"
+
+
+def _is_recomputing() -> bool:
+    """Whether a backward pass runs this forward again (activation checkpointing); its tokens were counted already."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def sparse_layers(model: nn.Module) -> list[SparseSwiGLU]:

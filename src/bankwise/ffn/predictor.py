@@ -70,18 +70,28 @@ class ExpectedEnergy(torch.autograd.Function):
 
 
 class Predictor(nn.Module):
-    """Router of one layer: x_TD -> z_TF (float32)."""
+    """Router of one layer: x_TD -> z_TF (float32).
+
+    `bank_layout` [F] records the channel order of the layer: channel j was channel bank_layout[j] of the dense model.
+    """
+
+    bank_layout: Tensor
 
     def __init__(self, hidden_size: int, ffn_size: int, rank: int, form: str) -> None:
         super().__init__()
         self.form = form
         self.reduce = nn.Linear(hidden_size, rank, bias=False)
         self.expand = nn.Linear(rank, ffn_size)
+        self.register_buffer("bank_layout", torch.arange(ffn_size))
         if form == "gated_product":
-            self.gate_offset = nn.Parameter(torch.zeros(ffn_size))
-            self.up_offset = nn.Parameter(torch.zeros(ffn_size))
-            self.gate_log_noise = nn.Parameter(torch.zeros(ffn_size))
-            self.up_log_noise = nn.Parameter(torch.zeros(ffn_size))
+            for name in self.start_values():
+                self.register_parameter(name, nn.Parameter(torch.zeros(ffn_size)))
+
+    def start_values(self) -> dict[str, float]:
+        """Constant start of the parameters that are no part of `reduce` and `expand`, by name."""
+        if self.form == "linear":
+            return {}
+        return {"gate_offset": 0.0, "up_offset": 0.0, "gate_log_noise": 0.0, "up_log_noise": 0.0}
 
     def forward(self, x_TD: Tensor) -> Tensor:
         # Autocast would round the logits to bfloat16, where 3.6 % of banks tie at the cut (method.md section 2.3).
@@ -97,4 +107,4 @@ class Predictor(nn.Module):
                 to_routing_dtype(self.gate_log_noise),
                 to_routing_dtype(self.up_log_noise),
             )
-            return (energy_TF + to_routing_dtype(bias_F)).view(*x_TD.shape[:-1], -1)
+            return (energy_TF + to_routing_dtype(bias_F)).view(*x_TD.shape[:-1], bias_F.shape[0])

@@ -47,7 +47,9 @@ def routing_loss(
         )
         boundary_TN1 = logits_TNB.detach().kthvalue(bank_size - active_per_bank + 1, dim=-1, keepdim=True).values
         return functional.binary_cross_entropy_with_logits(
-            logits_TNB - boundary_TN1, oracle_TNB.float(), weight=None if keep_TNB is None else keep_TNB.float()
+            logits_TNB - boundary_TN1,
+            oracle_TNB.to(logits_TNB.dtype),
+            weight=None if keep_TNB is None else keep_TNB.to(logits_TNB.dtype),
         )
     share_TNB = energy_TNB.square()
     if keep_TNB is not None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORED_LABEL = -100
 
@@ -65,6 +66,9 @@ def chunked_lm_loss(
     Matrix products run in the autocast dtype where autocast is on, sums and softmax in float32. The first derivative
     only: double backward is not supported.
     """
+    if not torch.is_grad_enabled():
+        # The Function sees only requires_grad, and would compute gradients that nobody asks for.
+        hidden_TD, head_VD = hidden_TD.detach(), head_VD.detach()
     kept = (labels_T != IGNORED_LABEL).nonzero().squeeze(-1)
     if kept.numel() < labels_T.numel():
         hidden_TD, labels_T = hidden_TD[kept], labels_T[kept]
@@ -129,6 +133,7 @@ class _ChunkedLMLoss(torch.autograd.Function):
         return total, cross_entropy, distillation
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad_hidden_TD, grad_head_VD = ctx.saved_tensors
         hidden_dtype, head_dtype = ctx.dtypes

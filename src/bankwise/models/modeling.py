@@ -4,10 +4,13 @@ Everything but the feed-forward and the chunked loss is the dense family's own c
 generation, gradient checkpointing and `device_map` work as they do there.
 """
 
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
@@ -20,8 +23,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Mode
 
 from bankwise.config.sparsity import SparsityConfig
 from bankwise.ffn.layer import SparseSwiGLU
+from bankwise.ffn.predictor import Predictor
+from bankwise.models.export import modeling_source
 from bankwise.models.lm_loss import IGNORED_LABEL, chunked_lm_loss
 
+MODELING_MODULE = "modeling_bankwise"
 PREDICTOR_TP_PLAN = {
     "layers.*.mlp.predictor.reduce": "replicated_with_grad_allreduce",
     "layers.*.mlp.predictor.expand": "colwise",
@@ -79,7 +85,8 @@ def chunked_causal_lm_forward(
     if labels is None or not self.training:
         if labels is not None and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
-        return type(self).dense_forward(
+        dense_forward = getattr(type(self), "dense_forward", type(self).forward)
+        return dense_forward(
             self,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -122,14 +129,32 @@ def chunked_causal_lm_forward(
     )
 
 
-class _SparseWeights:
-    """Start values of what a dense checkpoint lacks; shared by the four families."""
+def use_chunked_loss(dense: nn.Module) -> None:
+    """Give a dense causal LM the same chunked training loss, for its training as a companion."""
+    dense.forward = MethodType(chunked_causal_lm_forward, dense)
+
+
+class _SparseModel:
+    """What the sparse classes of the four families share."""
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the folder also carries the modelling file, so that it opens without bankwise."""
+        self.config.auto_map = {  # type: ignore[attr-defined]
+            "AutoConfig": f"{MODELING_MODULE}.{type(self.config).__name__}",  # type: ignore[attr-defined]
+            f"AutoModel{'ForCausalLM' if hasattr(self, 'lm_head') else ''}": f"{MODELING_MODULE}.{type(self).__name__}",
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            Path(save_directory, f"{MODELING_MODULE}.py").write_text(modeling_source(), encoding="utf-8")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, SparseSwiGLU):
-            module.reset_own_parameters()
+        if isinstance(module, SparseSwiGLU | Predictor):
+            for name, value in module.start_values().items():
+                init.constant_(getattr(module, name), value)
+        if isinstance(module, Predictor):
+            init.copy_(module.bank_layout, torch.arange(module.bank_layout.numel()))
 
 
 class BankwiseLlamaConfig(LlamaConfig):
@@ -164,7 +189,7 @@ class BankwiseQwen3Config(Qwen3Config):
     sparsity: dict | None = None
 
 
-class BankwiseLlamaModel(_SparseWeights, LlamaModel):
+class BankwiseLlamaModel(_SparseModel, LlamaModel):
     config_class = BankwiseLlamaConfig
 
     def __init__(self, config: BankwiseLlamaConfig) -> None:
@@ -173,7 +198,7 @@ class BankwiseLlamaModel(_SparseWeights, LlamaModel):
         self.post_init()
 
 
-class BankwiseMistralModel(_SparseWeights, MistralModel):
+class BankwiseMistralModel(_SparseModel, MistralModel):
     config_class = BankwiseMistralConfig
 
     def __init__(self, config: BankwiseMistralConfig) -> None:
@@ -182,7 +207,7 @@ class BankwiseMistralModel(_SparseWeights, MistralModel):
         self.post_init()
 
 
-class BankwiseQwen2Model(_SparseWeights, Qwen2Model):
+class BankwiseQwen2Model(_SparseModel, Qwen2Model):
     config_class = BankwiseQwen2Config
 
     def __init__(self, config: BankwiseQwen2Config) -> None:
@@ -191,7 +216,7 @@ class BankwiseQwen2Model(_SparseWeights, Qwen2Model):
         self.post_init()
 
 
-class BankwiseQwen3Model(_SparseWeights, Qwen3Model):
+class BankwiseQwen3Model(_SparseModel, Qwen3Model):
     config_class = BankwiseQwen3Config
 
     def __init__(self, config: BankwiseQwen3Config) -> None:
@@ -200,7 +225,7 @@ class BankwiseQwen3Model(_SparseWeights, Qwen3Model):
         self.post_init()
 
 
-class BankwiseLlamaForCausalLM(_SparseWeights, LlamaForCausalLM):
+class BankwiseLlamaForCausalLM(_SparseModel, LlamaForCausalLM):
     config_class = BankwiseLlamaConfig
     dense_forward = LlamaForCausalLM.forward
     forward = chunked_causal_lm_forward
@@ -213,7 +238,7 @@ class BankwiseLlamaForCausalLM(_SparseWeights, LlamaForCausalLM):
         self.post_init()
 
 
-class BankwiseMistralForCausalLM(_SparseWeights, MistralForCausalLM):
+class BankwiseMistralForCausalLM(_SparseModel, MistralForCausalLM):
     config_class = BankwiseMistralConfig
     dense_forward = MistralForCausalLM.forward
     forward = chunked_causal_lm_forward
@@ -226,7 +251,7 @@ class BankwiseMistralForCausalLM(_SparseWeights, MistralForCausalLM):
         self.post_init()
 
 
-class BankwiseQwen2ForCausalLM(_SparseWeights, Qwen2ForCausalLM):
+class BankwiseQwen2ForCausalLM(_SparseModel, Qwen2ForCausalLM):
     config_class = BankwiseQwen2Config
     dense_forward = Qwen2ForCausalLM.forward
     forward = chunked_causal_lm_forward
@@ -239,7 +264,7 @@ class BankwiseQwen2ForCausalLM(_SparseWeights, Qwen2ForCausalLM):
         self.post_init()
 
 
-class BankwiseQwen3ForCausalLM(_SparseWeights, Qwen3ForCausalLM):
+class BankwiseQwen3ForCausalLM(_SparseModel, Qwen3ForCausalLM):
     config_class = BankwiseQwen3Config
     dense_forward = Qwen3ForCausalLM.forward
     forward = chunked_causal_lm_forward

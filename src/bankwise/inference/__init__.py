@@ -1,0 +1,5 @@
+"""Generation."""
+
+from bankwise.inference.generation import generate_text
+
+__all__ = ["generate_text"]

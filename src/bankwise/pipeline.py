@@ -1,0 +1,354 @@
+"""The main job from one recipe: upcycle -> train -> eval -> report.
+
+Everything that a step hands to the next one is a file in the run's folder, so an interrupted run resumes at the step
+where it stopped.
+"""
+
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from bankwise import __version__
+from bankwise.config import Recipe, Stage, dump_recipe, load_recipe
+from bankwise.data import held_out_windows, mixed_windows
+from bankwise.errors import ConfigError
+from bankwise.evaluation.perplexity import active_fraction, perplexity
+from bankwise.inference import generate_text
+from bankwise.models.checkpoint import load_checkpoint, save_checkpoint
+from bankwise.models.modeling import use_chunked_loss
+from bankwise.report import write_report
+from bankwise.training import UpcyclingTrainer
+from bankwise.upcycle import convert, load_dense
+from bankwise.upcycle.loading import LoadedDense
+
+
+@dataclass
+class RunResult:
+    """Where a run's files are, and its final table."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The sparse model: trained, or as converted where the recipe has no stage."""
+        return self.folder / "checkpoint"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+
+@dataclass
+class RunData:
+    """Token windows of a run."""
+
+    calibration: Tensor | None
+    train: Tensor | None
+    held_out: dict[str, Tensor]
+
+
+def run(
+    recipe: Recipe | str | Path | dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> RunResult:
+    """Upcycle, train, measure and report as the recipe says; results go to `recipe.output`.
+
+    `overrides` are `key=value` with dotted keys (`stages.0.tokens=100k`). A folder that holds a run is refused unless
+    `resume` continues it or `overwrite` deletes it.
+    """
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise ConfigError("overrides go with a recipe file or dict; set the fields of the Recipe object instead")
+    else:
+        recipe = load_recipe(recipe, overrides)
+    started = time.time()
+    folder = Path(recipe.output)
+    prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    say = _Speaker(quiet)
+
+    say(f"loading {recipe.model}")
+    dense = load_dense(recipe.model)
+    tokenizer = dense.tokenizer
+    assert tokenizer is not None
+    data = load_data(recipe, tokenizer)
+    summary: dict[str, Any] = {}
+
+    untrained = _converted(recipe, dense, data, folder, say, quiet)
+    summary["calibration"] = json.loads((folder / "upcycle.json").read_text(encoding="utf-8"))
+    say("measuring the dense model and the untrained conversion")
+    summary["dense"] = measure(recipe, dense.model, data, tokens=0)
+    summary["untrained"] = measure(recipe, untrained, data, tokens=0)
+    continuations = {"prompt": recipe.eval.prompt}
+    if recipe.eval.prompt:
+        continuations["dense"] = _continue(recipe, dense.model, tokenizer)
+
+    companion: PreTrainedModel | None = None
+    if recipe.stages and recipe.companion:
+        companion = load_dense(recipe.model, tokenizer=False).model
+        trained = train_model(recipe, companion, data, folder, "companion", tokenizer, resume=resume, quiet=quiet)
+        summary["companion"] = measure(recipe, companion, data, tokens=trained)
+    if recipe.stages:
+        stage = recipe.stages[0]
+        teacher = (companion if stage.teacher == "companion" else dense.model) if stage.kd_weight else None
+        trained = train_model(
+            recipe, untrained, data, folder, "sparse", tokenizer, teacher=teacher, resume=resume, quiet=quiet
+        )
+        summary["sparse"] = measure(recipe, untrained, data, tokens=trained)
+    else:
+        save_checkpoint(untrained, tokenizer, folder / "checkpoint")
+        summary["sparse"] = summary["untrained"]
+    if recipe.eval.prompt:
+        continuations["sparse"] = _continue(recipe, untrained, tokenizer)
+        summary["continuations"] = continuations
+    if "companion" in summary:
+        gap = summary["untrained"]["loss"] - summary["companion"]["loss"]
+        summary["closed"] = (summary["untrained"]["loss"] - summary["sparse"]["loss"]) / gap if gap else None
+    summary["provenance"] = provenance(recipe, dense, time.time() - started)
+    _write_json(folder / "summary.json", summary)
+    write_report(folder)
+    return RunResult(folder, summary)
+
+
+def train(
+    recipe: Recipe,
+    checkpoint: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """Train a sparse checkpoint on the recipe's stage; returns the folder, with the result under checkpoint/.
+
+    The recipe's model is loaded only as a teacher (`kd_weight` > 0 and `teacher: dense`).
+    """
+    if not recipe.stages:
+        raise ConfigError("the recipe has no stages, so there is nothing to train")
+    stage = recipe.stages[0]
+    if stage.kd_weight and stage.teacher == "companion":
+        raise ConfigError("teacher='companion' needs the companion of a whole run; use `bankwise run`, or teacher='dense'")
+    folder = Path(recipe.output)
+    model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)
+    prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    teacher = load_dense(recipe.model, tokenizer=False).model if stage.kd_weight else None
+    data = load_data(recipe, tokenizer)
+    train_model(recipe, model, data, folder, "sparse", tokenizer, teacher=teacher, resume=resume, quiet=quiet)
+    return folder
+
+
+def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Create the run's folder with its resolved recipe, or check that it may be continued."""
+    saved = folder / "recipe.yaml"
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite exclude each other; choose one")
+    if folder.exists() and any(folder.iterdir()):
+        if overwrite:
+            if not saved.is_file():
+                raise ConfigError(f"{folder} is not the folder of a run (no recipe.yaml), so it is not deleted")
+            shutil.rmtree(folder)
+        elif not resume:
+            raise ConfigError(
+                f"{folder} already holds files; continue that run with --resume, replace it with --overwrite, "
+                "or choose another folder with output=..."
+            )
+        elif not saved.is_file() or load_recipe(saved) != recipe:
+            raise ConfigError(
+                f"{folder} was started with another recipe, so it cannot be resumed with this one; "
+                f"use the recipe in {saved}, or choose another folder with output=..."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    saved.write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
+    """Calibration, training and held-out windows; the first two from the training split."""
+    held_out = held_out_windows(
+        recipe.data,
+        tokenizer,
+        seq_len=recipe.eval.seq_len,
+        num_windows=recipe.eval.windows,
+        held_out_fraction=recipe.held_out_fraction,
+        seed=recipe.seed,
+    )
+
+    def training_split(seq_len: int, num_windows: int, seed: int) -> Tensor | None:
+        if num_windows == 0:
+            return None
+        return mixed_windows(
+            recipe.data,
+            tokenizer,
+            seq_len=seq_len,
+            num_windows=num_windows,
+            split="train",
+            held_out_fraction=recipe.held_out_fraction,
+            seed=seed,
+        )
+
+    calibration = recipe.calibration
+    stage = recipe.stages[0] if recipe.stages else None
+    return RunData(
+        training_split(calibration.seq_len, -(-int(calibration.tokens) // calibration.seq_len), calibration.seed),
+        training_split(stage.seq_len, windows_of(stage), recipe.seed) if stage else None,
+        held_out,
+    )
+
+
+def windows_of(stage: Stage) -> int:
+    """Sequences that a stage reads on one process."""
+    return stage.steps * int(stage.batch_tokens) // stage.seq_len
+
+
+def measure(recipe: Recipe, model: PreTrainedModel, data: RunData, *, tokens: int) -> dict[str, Any]:
+    """One row of the final table."""
+    result = perplexity(model, data.held_out, batch_size=recipe.eval.batch_size, bf16=recipe.eval.bf16).to_dict()
+    first = next(iter(data.held_out.values()))[:1]
+    return result | {"tokens": tokens, "active_fraction": active_fraction(model, first)}
+
+
+def train_model(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    data: RunData,
+    folder: Path,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    teacher: PreTrainedModel | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Train `model` in place on the recipe's stage, save it, and return the tokens it has seen.
+
+    `name` is `sparse` (saved as checkpoint/) or `companion`. With `resume`, a finished training is loaded instead, and
+    an unfinished one goes on from its last checkpoint.
+    """
+    stage = recipe.stages[0]
+    target = folder / ("checkpoint" if name == "sparse" else name)
+    if resume and (target / "config.json").is_file():
+        finished = load_checkpoint(target)[0] if name == "sparse" else load_dense(target, tokenizer=False).model
+        model.load_state_dict(finished.state_dict())
+        return stage.steps * int(stage.batch_tokens)
+    if name == "companion":
+        use_chunked_loss(model)
+    work = folder / "training" / name
+    last = get_last_checkpoint(str(work)) if resume and work.is_dir() else None
+    assert data.train is not None
+    trainer = UpcyclingTrainer(
+        model,
+        stage,
+        data.train,
+        work,
+        name=name,
+        teacher=teacher,
+        seed=recipe.seed,
+        metrics_file=folder / "metrics.jsonl",
+        quiet=quiet,
+    )
+    trainer.train(resume_from_checkpoint=last)
+    model.zero_grad(set_to_none=True)
+    save_checkpoint(model, tokenizer, target)
+    return stage.steps * int(stage.batch_tokens)
+
+
+def provenance(recipe: Recipe, dense: LoadedDense, seconds: float) -> dict[str, Any]:
+    """What another person needs to get the same numbers."""
+    return {
+        "command": f"bankwise run recipe.yaml (output {recipe.output})",
+        "git_revision": _git_revision(),
+        "model": recipe.model,
+        "model_name": dense.name,
+        "model_sha256": dense.revision,
+        "seed": recipe.seed,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "bankwise": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "seconds": round(seconds, 1),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+
+
+def _converted(
+    recipe: Recipe, dense: LoadedDense, data: RunData, folder: Path, say: "_Speaker", quiet: bool
+) -> PreTrainedModel:
+    target = folder / "untrained"
+    if (target / "config.json").is_file() and (folder / "upcycle.json").is_file():
+        say(f"conversion found in {target}")
+        return load_checkpoint(target, dtype=torch.float32)[0]
+    say(f"upcycling {dense.name} ({recipe.calibration.tokens} calibration tokens)")
+    conversion = convert(dense.model, recipe.sparsity, data.calibration, recipe.calibration, progress=not quiet)
+    say(conversion_line(conversion.report))
+    save_checkpoint(conversion.model, dense.tokenizer, target)
+    _write_json(folder / "upcycle.json", conversion.report)
+    return conversion.model
+
+
+def conversion_line(report: dict[str, Any]) -> str:
+    """Means over the layers of what `convert` measured, for the terminal."""
+    layers = report["layers"]
+    if not layers:
+        return f"converted from the weights alone in {report['seconds']:.0f} s"
+
+    def mean(key: str) -> float:
+        return sum(layer[key] for layer in layers) / len(layers)
+
+    return (
+        f"converted in {report['seconds']:.0f} s; means over {len(layers)} layers, on windows that were not fitted:\n"
+        f"  retained energy  global oracle {mean('retained_global'):.3f}  bank oracle {mean('retained_oracle_before'):.3f}"
+        f" -> {mean('retained_oracle'):.3f} (bank layout)  predictor {mean('retained_start'):.3f} (closed form)"
+        f" -> {mean('retained'):.3f} (refined)  random {mean('retained_random'):.3f}\n"
+        f"  recall of the oracle's channels  {mean('recall_start'):.3f} -> {mean('recall'):.3f}"
+    )
+
+
+def _continue(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    return generate_text(model.eval(), tokenizer, recipe.eval.prompt, max_new_tokens=recipe.eval.new_tokens)
+
+
+def _git_revision() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    os.replace(partial, path)
+
+
+class _Speaker:
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+
+    def __call__(self, text: str) -> None:
+        if not self.quiet:
+            print(text, flush=True)

@@ -1,0 +1,253 @@
+"""The tables of a report and their sentences, each built once and printed as text, Markdown or HTML.
+
+A column or value that was not run says so ("not run"); a value that cannot exist says "n/a". No cell is empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from bankwise.report.folder import MODELS, RunFolder, check_summary, is_number
+
+NOT_RUN = "not run"
+NOT_APPLICABLE = "n/a"
+Column = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Header, rows of text (first cell: the row's name), and a note on how to read them."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    note: str = ""
+    numeric: bool = True
+    """Whether the cells after the first are numbers, set flush right."""
+
+    def text(self) -> str:
+        """Aligned columns for a terminal."""
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
+        rule = tuple("-" * width for width in widths)
+        align = str.rjust if self.numeric else str.ljust
+        return "\n".join(
+            "  ".join([line[0].ljust(widths[0]), *map(align, line[1:], widths[1:])]).rstrip()
+            for line in [self.header, rule, *self.rows]
+        )
+
+    def markdown(self) -> str:
+        """A GitHub-flavoured Markdown table, with its note below."""
+        rule = ("---", *["---:" if self.numeric else "---"] * (len(self.header) - 1))
+        cells = [[_markdown_cell(cell) for cell in line] for line in (self.header, *self.rows)]
+        lines = ["| " + " | ".join(line) + " |" for line in (cells[0], list(rule), *cells[1:])]
+        return "\n".join([*lines, *(["", escape(self.note, quote=False)] if self.note else [])])
+
+    def html(self) -> str:
+        """A `<table>` in a box that scrolls by itself, with its note below."""
+        head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in self.header)
+        rows = "\n".join(
+            f'<tr><th scope="row">{escape(line[0])}</th>'
+            + "".join(f"<td{muted(cell)}>{escape(cell)}</td>" for cell in line[1:])
+            + "</tr>"
+            for line in self.rows
+        )
+        note = f'\n<p class="note">{escape(self.note)}</p>' if self.note else ""
+        kind = "numbers" if self.numeric else "words"
+        return (
+            f'<div class="scroll" role="region" aria-label="{escape(self.title)}" tabindex="0">'
+            f'<table class="{kind}"><caption>{escape(self.title)}</caption>\n'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>{note}"
+        )
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """Return the final table of a run as plain text with aligned columns, then one line on the distance closed."""
+    check_summary(summary, "summary")
+    return f"{results_table(summary).text()}\n\n{closed_sentence(summary)}"
+
+
+def results_table(summary: Column) -> Table:
+    """The final table: one row per measure, one column per model."""
+    companion = summary.get("companion")
+
+    def against(measure: Callable[[Column, Column], str]) -> Callable[[Column], str]:
+        return lambda column: measure(column, companion) if companion else NOT_APPLICABLE
+
+    measures: list[tuple[str, Callable[[Column], str]]] = [
+        ("loss (nats per token)", lambda column: nats(column["loss"])),
+        ("standard error", lambda column: nats(column["standard_error"])),
+        ("delta to companion", against(lambda column, other: delta(column["loss"] - other["loss"]))),
+        ("perplexity", lambda column: perplexity(column["perplexity"])),
+        ("recovery", against(lambda column, other: f"{100 * _ratio(other['perplexity'], column['perplexity']):.1f} %")),
+        ("active channels", lambda column: percent(column["active_fraction"])),
+        ("trained tokens", lambda column: count(column["tokens"])),
+        ("windows (n)", lambda column: count(column["n"])),
+    ]
+    rows = [
+        (name, *(measure(summary[model]) if summary.get(model) else NOT_RUN for model in MODELS))
+        for name, measure in measures
+    ]
+    note = (
+        "dense: the model before conversion. untrained: converted and calibrated, not trained. companion: the dense "
+        "model trained on the same tokens, in the same order, with the same optimiser. sparse: the converted model "
+        "after training. Recovery is the companion's perplexity over the model's own. All columns share the same "
+        "held-out windows; the standard error is that of one column's mean, over windows, not that of a difference."
+    )
+    if not companion:
+        note += " n/a: the companion was not run, so there is nothing to compare with."
+    return Table(title="Held-out results", header=("", *MODELS), rows=rows, note=note)
+
+
+def sources_table(summary: Column) -> Table:
+    """Loss, delta, perplexity and n of each held-out source."""
+    names = list(dict.fromkeys(name for model in MODELS for name in (summary.get(model) or {}).get("by_source") or {}))
+    rows: list[tuple[str, ...]] = []
+    for name in names:
+        parts = {model: ((summary.get(model) or {}).get("by_source") or {}).get(name) for model in MODELS}
+        other = parts["companion"]
+        cells: dict[str, Callable[[Column], str]] = {
+            "loss": lambda part: nats(part["loss"]),
+            "delta to companion": lambda part, other=other: (  # type: ignore[misc]
+                delta(part["loss"] - other["loss"]) if other else NOT_APPLICABLE
+            ),
+            "perplexity": lambda part: perplexity(part["perplexity"]),
+            "windows (n)": lambda part: count(part["n"]),
+        }
+        for measure, cell in cells.items():
+            values = [cell(part) if (part := parts[model]) else NOT_RUN for model in MODELS]
+            rows.append((f"{name}: {measure}", *values))
+    return Table(title="Held-out results by source", header=("source", *MODELS), rows=rows)
+
+
+def calibration_table(summary: Column) -> Table:
+    """What calibration read, and its measures before and after."""
+    calibration = summary.get("calibration") or {}
+    parts = [flatten(calibration.get(part) or {}) for part in ("before", "after")]
+    rows: list[tuple[str, ...]] = [
+        (name, NOT_APPLICABLE, plain(calibration.get(name))) for name in ("tokens", "seconds") if calibration
+    ]
+    rows += [(name, *(part.get(name, NOT_APPLICABLE) for part in parts)) for name in {**parts[0], **parts[1]}]
+    return Table(title="Calibration", header=("measure", "before", "after"), rows=rows)
+
+
+def layers_table(run: RunFolder) -> Table:
+    """Recall and retained energy of every sparse layer, at conversion and on the last training line."""
+    header = ("layer", "recall", "recall, trained", "retained", "retained, trained", "oracle", "random")
+    recall, retained = run.last_by_layer("recall"), run.last_by_layer("retained")
+    rows = [
+        (
+            str(row["layer"]),
+            fraction(row["recall"]),
+            fraction(recall[i]) if i < len(recall) else NOT_RUN,
+            fraction(row["retained"]),
+            fraction(retained[i]) if i < len(retained) else NOT_RUN,
+            fraction(row["retained_oracle"]),
+            fraction(row["retained_random"]),
+        )
+        for i, row in enumerate(run.calibrated_layers)
+    ]
+    note = (
+        "At conversion on the calibration's own measurement; trained: on the last training batch that was logged, so "
+        "the two are read on different tokens. Oracle and random: retained energy of the best and of a random choice "
+        "of equally many channels, at conversion."
+    )
+    return Table(title="Routing by layer", header=header, rows=rows, note=note)
+
+
+def provenance_table(summary: Column) -> Table:
+    """Every scalar of the provenance, nested keys joined by dots."""
+    rows = list(flatten(summary["provenance"]).items())
+    return Table(title="Provenance", header=("what", "value"), rows=rows, numeric=False)
+
+
+def headline(summary: Column) -> list[str]:
+    """The result in one to three sentences, with n, standard error and the companion beside it."""
+    sparse, companion, untrained, dense = (summary.get(name) for name in ("sparse", "companion", "untrained", "dense"))
+    assert untrained is not None
+    assert dense is not None
+    sentences = []
+    if sparse:
+        versus = f", {delta(sparse['loss'] - companion['loss'])} from its dense companion" if companion else ""
+        sentences.append(
+            f"With {percent(sparse['active_fraction'])} of the FFN channels active and {count(sparse['tokens'])} "
+            f"trained tokens, the sparse model's held-out loss is {nats(sparse['loss'])} nats per token (standard "
+            f"error {nats(sparse['standard_error'])}, n = {count(sparse['n'])} windows){versus}."
+        )
+    else:
+        sentences.append("The converted model was not trained.")
+    sentences.append(
+        f"Converted but untrained it is {nats(untrained['loss'])}, {delta(untrained['loss'] - dense['loss'])} from the "
+        "dense model."
+    )
+    return [*sentences, closed_sentence(summary)]
+
+
+def closed_sentence(summary: Column) -> str:
+    """How much of the distance from the untrained conversion to the companion training has closed."""
+    if not is_number(summary.get("closed")):
+        return "Distance from untrained to companion closed by training: not run."
+    return f"Distance from untrained to companion closed by training: {percent(summary['closed'])}."
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """`{"versions": {"torch": "2.13"}}` -> `{"versions.torch": "2.13"}`; lists become comma-separated text."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = plain(value)
+    return flat
+
+
+def plain(value: Any) -> str:
+    """One scalar as text: integers in full, floats to six digits, nothing as "n/a"."""
+    if value is None or value == "" or value == []:
+        return NOT_APPLICABLE
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(part) for part in value)
+    return str(value)
+
+
+def nats(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def delta(value: float) -> str:
+    return f"{value:+.4f}"
+
+
+def fraction(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}".removesuffix(".0") + " %"
+
+
+def perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"
+
+
+def count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _ratio(over: float, under: float) -> float:
+    return over / under if under else math.nan
+
+
+def muted(cell: str) -> str:
+    """The class attribute of a cell without a value."""
+    return ' class="muted"' if cell in (NOT_RUN, NOT_APPLICABLE) else ""
+
+
+def _markdown_cell(cell: str) -> str:
+    return escape(cell, quote=False).replace("|", "\\|").replace("\n", " ")
