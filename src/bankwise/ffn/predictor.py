@@ -43,9 +43,7 @@ class ExpectedEnergy(torch.autograd.Function):
     """`expected_energy_reference`, forward and backward a chunk of tokens at a time."""
 
     @staticmethod
-    def forward(
-        ctx: Any, gate_TF: Tensor, up_TF: Tensor, gate_log_noise_F: Tensor, up_log_noise_F: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor, gate_log_noise_F: Tensor, up_log_noise_F: Tensor) -> Tensor:
         ctx.save_for_backward(gate_TF, up_TF, gate_log_noise_F, up_log_noise_F)
         logits_TF = torch.empty_like(gate_TF)
         for part in token_chunks(gate_TF.shape[0], gate_TF.device):

@@ -45,9 +45,7 @@ def lm_loss_reference(
         assert teacher_head_VD is not None
         log_q_TV = torch.log_softmax((teacher_TD @ teacher_head_VD.T).float(), dim=-1)[kept_T]
         distillation = (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum()
-    return LMLoss(
-        ce_weight * cross_entropy + kd_weight * distillation, cross_entropy.detach(), distillation.detach()
-    )
+    return LMLoss(ce_weight * cross_entropy + kd_weight * distillation, cross_entropy.detach(), distillation.detach())
 
 
 def chunked_lm_loss(

@@ -155,7 +155,9 @@ class UpcyclingTrainer(Trainer):
             )
 
     def _where(self) -> str:
-        return f"training of the {self.name} model stopped at step {self.state.global_step + 1} of {self.state.max_steps}"
+        return (
+            f"training of the {self.name} model stopped at step {self.state.global_step + 1} of {self.state.max_steps}"
+        )
 
     def _last_good(self) -> str:
         folder = Path(self.args.output_dir)
