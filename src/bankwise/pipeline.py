@@ -80,9 +80,11 @@ def run(
             raise ConfigError("overrides go with a recipe file or dict; set the fields of the Recipe object instead")
     else:
         recipe = load_recipe(recipe, overrides)
+    if recipe.companion and any(stage.trains == "predictor" for stage in recipe.stages):
+        raise ConfigError("trains='predictor' leaves a dense companion nothing to train; set companion: false")
     started = time.time()
     folder = Path(recipe.output)
-    prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    check_folder(folder, recipe, resume=resume, overwrite=overwrite)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     say = _Speaker(quiet)
@@ -92,6 +94,7 @@ def run(
     tokenizer = dense.tokenizer
     assert tokenizer is not None
     data = load_data(recipe, tokenizer)
+    prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     summary: dict[str, Any] = {}
 
     untrained = _converted(recipe, dense, data, folder, say, quiet)
@@ -146,30 +149,40 @@ def train(
         raise ConfigError("the recipe has no stages, so there is nothing to train")
     stage = recipe.stages[0]
     if stage.kd_weight and stage.teacher == "companion":
-        raise ConfigError(
-            "teacher='companion' needs the companion of a whole run; use `bankwise run`, or teacher='dense'"
-        )
+        raise ConfigError("teacher='companion' needs a companion: use `bankwise run`, or teacher='dense'")
     folder = Path(recipe.output)
-    model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)
-    prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    check_folder(folder, recipe, resume=resume, overwrite=overwrite, inputs=[checkpoint])
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)
     teacher = load_dense(recipe.model, tokenizer=False).model if stage.kd_weight else None
     data = load_data(recipe, tokenizer)
+    prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     train_model(recipe, model, data, folder, "sparse", tokenizer, teacher=teacher, resume=resume, quiet=quiet)
     return folder
 
 
-def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Create the run's folder with its resolved recipe, or check that it may be continued."""
+def check_folder(
+    folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool, inputs: Sequence[str | Path] = ()
+) -> None:
+    """Refuse a folder that may not be written to. Changes nothing, so it stands before everything that may fail.
+
+    `inputs` are further paths, beside those in the recipe, that the run reads and must not delete.
+    """
     saved = folder / "recipe.yaml"
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other; choose one")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose a folder with output=...")
     if folder.exists() and any(folder.iterdir()):
         if overwrite:
             if not saved.is_file():
                 raise ConfigError(f"{folder} is not the folder of a run (no recipe.yaml), so it is not deleted")
-            shutil.rmtree(folder)
+            for path in (Path.cwd(), recipe.model, *(source.path for source in recipe.data), *inputs):
+                if Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
+                    raise ConfigError(
+                        f"overwrite would delete {path}, which this run needs; choose another folder with output=..."
+                    )
         elif not resume:
             raise ConfigError(
                 f"{folder} already holds files; continue that run with --resume, replace it with --overwrite, "
@@ -180,8 +193,18 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
                 f"{folder} was started with another recipe, so it cannot be resumed with this one; "
                 f"use the recipe in {saved}, or choose another folder with output=..."
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    saved.write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Create the run's folder with its resolved recipe, or keep the one that is continued."""
+    if overwrite and folder.exists() and not resume:
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be created ({error.strerror}); choose another output=...") from error
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    (folder / "metrics.jsonl").touch()
 
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
@@ -271,6 +294,9 @@ def train_model(
     trainer.train(resume_from_checkpoint=last)
     model.zero_grad(set_to_none=True)
     save_checkpoint(model, tokenizer, target)
+    for empty in (work, work.parent):
+        if not any(empty.iterdir()):
+            empty.rmdir()
     return stage.steps * int(stage.batch_tokens)
 
 
@@ -322,7 +348,8 @@ def conversion_line(report: dict[str, Any]) -> str:
 
     return (
         f"converted in {report['seconds']:.0f} s; means over {len(layers)} layers, on windows that were not fitted:\n"
-        f"  retained energy  global oracle {mean('retained_global'):.3f}  bank oracle {mean('retained_oracle_before'):.3f}"
+        f"  retained energy  global oracle {mean('retained_global'):.3f}"
+        f"  bank oracle {mean('retained_oracle_before'):.3f}"
         f" -> {mean('retained_oracle'):.3f} (bank layout)  predictor {mean('retained_start'):.3f} (closed form)"
         f" -> {mean('retained'):.3f} (refined)  random {mean('retained_random'):.3f}\n"
         f"  recall of the oracle's channels  {mean('recall_start'):.3f} -> {mean('recall'):.3f}"

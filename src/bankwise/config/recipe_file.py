@@ -29,7 +29,11 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
         key, found, text = override.partition("=")
         if not found or not key:
             raise ConfigError(f"override {override!r} is not of the form key=value, for example stages.0.tokens=2M")
-        _assign(values, key.split("."), yaml.safe_load(text), override)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
+        _assign(values, key.split("."), value, override)
     if isinstance(values.get("stages"), list):
         # The parser takes `{}` for no value at all; a stage of defaults is a stage.
         values["stages"] = [stage or {"tokens": Stage().tokens} for stage in values["stages"]]
@@ -52,7 +56,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"recipe {str(path)!r} does not exist; recipes come with the project in recipes/")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {str(path)!r} holds no settings; it must be a YAML mapping with at least `model`")

@@ -37,7 +37,8 @@ class SparsityConfig:
     """k: channels kept per bank and token, 1..bank_size; one integer, or one per layer. bank_size keeps all."""
 
     predictor_rank: int | Literal["auto"] = "auto"
-    """R: rows of the predictor's `reduce` matrix. `auto`: 128 below hidden size 2048, 512 above FFN width 14336, else 256."""
+    """R: rows of the predictor's `reduce` matrix. `auto`: 128 below hidden size 2048, 512 above FFN width 14336, else
+    256."""
 
     predictor_form: PredictorForm = "gated_product"
     """`linear`: logits = V U x + b. `gated_product`: half of the rank rebuilds the gate, half the up projection,
@@ -98,6 +99,11 @@ class SparsityConfig:
             raise ConfigError(
                 f"gate_mode='default_ema' with center={self.center!r} gives the router no gradient: the running mean "
                 "is the centre. Use center='off' or gate_mode='ste_unit'"
+            )
+        if self.h_grad == "straight" and self.center == "learnable":
+            raise ConfigError(
+                "h_grad='straight' with center='learnable' gives the centre no gradient: what it loses on kept "
+                "channels it gains on dropped ones. Use h_grad='masked' or center='mean'"
             )
         if self.predictor_grad == "lm" and self.gate_mode in ("detached", "hard"):
             raise ConfigError(

@@ -96,9 +96,12 @@ def active_fraction(model: PreTrainedModel, windows_WS: Tensor) -> float:
         counted[1] += mask.numel()
 
     hooks = [layer.register_forward_pre_hook(count) for layer in sparse_layers(model)]
+    was_training = model.training
+    model.eval()  # training mode would move the running means
     try:
         model.model(windows_WS.to(model.device), use_cache=False)
     finally:
+        model.train(was_training)
         for hook in hooks:
             hook.remove()
     dense_layers = model.config.num_hidden_layers - len(hooks)

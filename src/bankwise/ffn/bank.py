@@ -37,8 +37,8 @@ def bank_topk_mask_reference(logits_TF: Tensor, *, bank_size: int = 64, active_p
 def bank_topk_mask(logits: Tensor, *, bank_size: int = 64, active_per_bank: int = 16) -> Tensor:
     """Return the bool mask [..., F] of the `active_per_bank` largest logits in each bank of `bank_size` channels.
 
-    Logits are compared in float32 (float64 logits as they are). Of equal logits the lower channel wins. Non-finite logits raise `RoutingError`,
-    shapes that do not fit raise `ConfigError`.
+    Logits are compared in float32 (float64 logits as they are). Of equal logits the lower channel wins. Non-finite
+    logits raise `RoutingError`, shapes that do not fit raise `ConfigError`.
     """
     if bank_size < 1 or logits.shape[-1] % bank_size or not 1 <= active_per_bank <= bank_size:
         raise ConfigError(

@@ -15,7 +15,6 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from bankwise.config.sparsity import SparsityConfig
-
 from bankwise.ffn.bank import bank_topk_mask, cut_banks
 from bankwise.ffn.gates import SteUnitGate, gate_activation, selected_channels
 from bankwise.ffn.predictor import Predictor
@@ -55,6 +54,10 @@ class SparseSwiGLU(nn.Module):
 
     `active_per_bank` is a plain attribute: setting it to `bank_size` re-densifies the layer.
     """
+
+    gate_weight: Tensor
+    activation_mean: Tensor
+    center: Tensor
 
     def __init__(
         self, hidden_size: int, ffn_size: int, sparsity: SparsityConfig, layer: int, *, bias: bool = False

@@ -74,6 +74,10 @@ class Predictor(nn.Module):
     """
 
     bank_layout: Tensor
+    gate_offset: Tensor
+    up_offset: Tensor
+    gate_log_noise: Tensor
+    up_log_noise: Tensor
 
     def __init__(self, hidden_size: int, ffn_size: int, rank: int, form: str) -> None:
         super().__init__()

@@ -1,14 +1,16 @@
 """Text continuation with any causal LM, dense or sparse."""
 
+from typing import Any
+
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from bankwise.errors import ConfigError
 
 
 @torch.no_grad()
 def generate_text(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
@@ -16,7 +18,7 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """The continuation of `prompt` (without the prompt); greedy at temperature 0."""
+    """The continuation of `prompt` (without the prompt) by a causal LM, dense or sparse; greedy at temperature 0."""
     if not prompt:
         raise ConfigError("the prompt is empty; give at least one word to continue")
     if max_new_tokens < 1 or temperature < 0:
@@ -32,4 +34,4 @@ def generate_text(
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         **sampling,
     )
-    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -1,5 +1,7 @@
 """transformers model classes of the sparse families; importing this registers them with the Auto classes."""
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from bankwise.models import modeling
@@ -14,7 +16,7 @@ from bankwise.models.modeling import (
     BankwiseQwen3ForCausalLM,
 )
 
-SPARSE_FAMILIES = {
+SPARSE_FAMILIES: dict[str, tuple[Any, Any]] = {
     "llama": (BankwiseLlamaConfig, BankwiseLlamaForCausalLM),
     "mistral": (BankwiseMistralConfig, BankwiseMistralForCausalLM),
     "qwen2": (BankwiseQwen2Config, BankwiseQwen2ForCausalLM),
@@ -22,16 +24,13 @@ SPARSE_FAMILIES = {
 }
 """Dense model type -> config and causal-LM class of the sparse family."""
 
-for _config, _model in (
-    (BankwiseLlamaConfig, modeling.BankwiseLlamaModel),
-    (BankwiseMistralConfig, modeling.BankwiseMistralModel),
-    (BankwiseQwen2Config, modeling.BankwiseQwen2Model),
-    (BankwiseQwen3Config, modeling.BankwiseQwen3Model),
-):
-    AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _model)
 for _config, _causal in SPARSE_FAMILIES.values():
+    AutoConfig.register(_config.model_type, _config)
     AutoModelForCausalLM.register(_config, _causal)
+AutoModel.register(BankwiseLlamaConfig, modeling.BankwiseLlamaModel)
+AutoModel.register(BankwiseMistralConfig, modeling.BankwiseMistralModel)
+AutoModel.register(BankwiseQwen2Config, modeling.BankwiseQwen2Model)
+AutoModel.register(BankwiseQwen3Config, modeling.BankwiseQwen3Model)
 
 __all__ = [
     "SPARSE_FAMILIES",

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -50,11 +51,17 @@ def load_checkpoint(
             "whose checkpoint lies in the run's folder under checkpoint/"
         )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, SafetensorError, ValueError) as error:
         raise ModelLoadError(f"{folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
     lost = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+    lost += sorted(name for name, *_ in info["mismatched_keys"])
     if lost:
-        raise ModelLoadError(f"{folder}: tensors are missing or unknown, the checkpoint is damaged: {lost[:5]}")
+        raise ModelLoadError(
+            f"{folder}: tensors are missing, unknown or of another shape, the checkpoint is damaged: {lost[:5]}"
+        )
     return model.eval(), tokenizer

@@ -4,12 +4,14 @@ Everything but the feed-forward and the chunked loss is the dense family's own c
 generation, gradient checkpointing and `device_map` work as they do there.
 """
 
+import os
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -43,7 +45,7 @@ def validate_sparsity(config: Any) -> SparsityConfig:
     return sparsity
 
 
-def install_sparse_ffn(base_model: nn.Module, config: Any) -> None:
+def install_sparse_ffn(base_model: Any, config: Any) -> None:
     """Replace the feed-forward of every layer that is not in `dense_layers`."""
     sparsity = validate_sparsity(config)
     for index, layer in enumerate(base_model.layers):
@@ -134,22 +136,24 @@ def use_chunked_loss(dense: nn.Module) -> None:
     dense.forward = MethodType(chunked_causal_lm_forward, dense)
 
 
-class _SparseModel:
+class _SparseModel(PreTrainedModel):
     """What the sparse classes of the four families share."""
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the folder also carries the modelling file, so that it opens without bankwise."""
-        self.config.auto_map = {  # type: ignore[attr-defined]
-            "AutoConfig": f"{MODELING_MODULE}.{type(self.config).__name__}",  # type: ignore[attr-defined]
-            f"AutoModel{'ForCausalLM' if hasattr(self, 'lm_head') else ''}": f"{MODELING_MODULE}.{type(self).__name__}",
+        self.config.auto_map = {
+            "AutoConfig": f"{MODELING_MODULE}.{type(self.config).__name__}",
+            "AutoModel": f"{MODELING_MODULE}.{type(self.base_model).__name__}",
         }
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if hasattr(self, "lm_head"):
+            self.config.auto_map["AutoModelForCausalLM"] = f"{MODELING_MODULE}.{type(self).__name__}"
+        super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             Path(save_directory, f"{MODELING_MODULE}.py").write_text(modeling_source(), encoding="utf-8")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
+        super()._init_weights(module)
         if isinstance(module, SparseSwiGLU | Predictor):
             for name, value in module.start_values().items():
                 init.constant_(getattr(module, name), value)

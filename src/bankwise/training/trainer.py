@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from bankwise.config import Stage
 from bankwise.errors import ConfigError, RoutingError, TrainingError
-from bankwise.ffn import record_routing, sparse_layers
+from bankwise.ffn import RoutingRecord, record_routing, sparse_layers
 from bankwise.ffn.precision import bf16_router_products
 
 
@@ -57,12 +56,15 @@ class UpcyclingTrainer(Trainer):
         if stage.kd_weight and teacher is None and name != "companion":
             raise ConfigError(f"kd_weight={stage.kd_weight} needs a teacher; pass the dense model as teacher=")
         select_trained(model, stage.trains)
+        if stage.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
         self.stage = stage
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.name = name
         self.metrics_file = metrics_file
         self.parts: list[dict[str, float]] = []
         self.routing: dict[str, list[float]] = {}
+        self.record: RoutingRecord | None = None
         arguments = TrainingArguments(
             output_dir=str(output),
             per_device_train_batch_size=stage.micro_batch,
@@ -74,8 +76,6 @@ class UpcyclingTrainer(Trainer):
             warmup_steps=round(stage.warmup * stage.steps),
             max_grad_norm=stage.max_grad_norm,
             bf16=stage.bf16,
-            gradient_checkpointing=stage.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
             save_strategy="steps" if stage.save_steps else "no",
             save_steps=stage.save_steps or 500,
             logging_steps=stage.log_steps,
@@ -87,23 +87,48 @@ class UpcyclingTrainer(Trainer):
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        super().__init__(model=model, args=arguments, train_dataset=TokenWindows(windows))
+        self.windows = TokenWindows(windows)
+        super().__init__(model=model, args=arguments, train_dataset=self.windows)
         # The loss is a mean over each pass's own tokens; the Trainer divides by the number of accumulated passes.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
+        self.add_callback(_LogAtCheckpoints(stage))
         if not quiet:
             self.add_callback(_PrintProgress(name))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         # The data module has shuffled already; a fixed order is what the companion and a resumed run share.
-        return SequentialSampler(self.train_dataset)
+        return SequentialSampler(self.windows)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with three groups: matrices (with decay), vectors, and predictors at their own learning rate."""
         if self.optimizer is None:
-            groups = list(parameter_groups(self.model if model is None else model, self.stage))
+            trained = self.model if model is None else model
+            assert trained is not None
+            groups = list(parameter_groups(trained, self.stage))
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
         return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As in the Trainer, with the routing recorded where the step needs it.
+
+        The record stays open until the backward pass is over: under gradient checkpointing the layers are run again
+        there, and must save what they saved before.
+        """
+        self.record = None
+        is_sparse, with_loss = self.name != "companion", self.stage.aux_weight > 0
+        is_logged = _is_logged(self.stage, self.state.global_step + 1)
+        if not is_sparse or not (with_loss or is_logged):
+            return super().training_step(model, inputs, num_items_in_batch)
+        with record_routing(
+            model,
+            with_loss=with_loss,
+            with_statistics=is_logged,
+            loss_kind=self.stage.aux_loss,
+            scope=self.stage.aux_scope,
+            token_fraction=self.stage.aux_token_fraction,
+        ) as self.record:
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -116,26 +141,12 @@ class UpcyclingTrainer(Trainer):
             distill = {
                 "teacher_hidden": hidden, "teacher_head": self.teacher.lm_head.weight, "kd_weight": stage.kd_weight
             }  # fmt: skip
-        wants_aux = is_sparse and stage.aux_weight > 0
-        is_logged = (self.state.global_step + 1) % stage.log_steps == 0
         try:
-            if is_sparse and (wants_aux or is_logged):
-                with record_routing(
-                    model,
-                    with_loss=wants_aux,
-                    with_statistics=is_logged,
-                    loss_kind=stage.aux_loss,
-                    scope=stage.aux_scope,
-                    token_fraction=stage.aux_token_fraction,
-                ) as record:
-                    outputs = self._forward(model, inputs, distill)
-            else:
-                record = None
-                outputs = self._forward(model, inputs, distill)
+            outputs = self._forward(model, inputs, distill)
         except RoutingError as error:
             raise TrainingError(f"{self._where()}: {error}. {self._last_good()}") from error
         ce, kd = self.accelerator.unwrap_model(model).last_loss_parts
-        loss, aux = outputs.loss, None
+        loss, aux, record = outputs.loss, None, self.record
         if record is not None and record.losses:
             aux = torch.stack(record.losses).mean()
             loss = loss + stage.aux_weight * aux
@@ -149,10 +160,10 @@ class UpcyclingTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: nn.Module, inputs: dict[str, Tensor], distill: dict[str, Any]) -> Any:
+        # The companion has no teacher, so a stage of distillation alone trains it by cross entropy.
+        ce_weight = self.stage.ce_weight if self.name != "companion" else self.stage.ce_weight or 1.0
         with self.compute_loss_context_manager():
-            return model(
-                **inputs, ce_weight=self.stage.ce_weight, loss_chunk=self.stage.loss_chunk, use_cache=False, **distill
-            )
+            return model(**inputs, ce_weight=ce_weight, loss_chunk=self.stage.loss_chunk, use_cache=False, **distill)
 
     def _where(self) -> str:
         return (
@@ -160,11 +171,16 @@ class UpcyclingTrainer(Trainer):
         )
 
     def _last_good(self) -> str:
-        folder = Path(self.args.output_dir)
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if checkpoint is None:
+        folder = Path(str(self.args.output_dir))
+        saved = sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
+        # A checkpoint of the step that has just ended holds the very weights that gave this loss.
+        good = [step for step in saved if step < self.state.global_step]
+        if not good:
             return "No checkpoint was saved yet (set save_steps); lower lr or predictor_lr and start again"
-        return f"The last good checkpoint is {checkpoint}; lower lr or predictor_lr and resume from it"
+        return (
+            f"The last good checkpoint is {folder / f'checkpoint-{good[-1]}'}; "
+            "start again with a lower lr or predictor_lr"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in the Trainer; training lines also go to metrics.jsonl with the parts of the loss and the routing."""
@@ -221,6 +237,24 @@ def parameter_groups(model: nn.Module, stage: Stage) -> Iterator[dict[str, Any]]
     ):
         if parameters:
             yield {"params": parameters, "lr": lr, "weight_decay": decay}
+
+
+def _is_logged(stage: Stage, step: int) -> bool:
+    """Whether `step` ends with a line in the record: every log_steps, at the end, and at each checkpoint.
+
+    A line covers the steps since the one before; without one at a checkpoint, a resumed run's first line would differ.
+    """
+    is_saved = stage.save_steps > 0 and step % stage.save_steps == 0
+    return step % stage.log_steps == 0 or step == stage.steps or is_saved
+
+
+class _LogAtCheckpoints(TrainerCallback):
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if _is_logged(self.stage, state.global_step):
+            control.should_log = True
 
 
 class _PrintProgress(TrainerCallback):

@@ -4,6 +4,7 @@ Layers are fitted in order, on the hidden states of the model whose earlier laye
 predictor sees the inputs it will meet. Only one layer's activations are in memory at a time.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -121,7 +122,12 @@ def sparse_twin(dense: PreTrainedModel, sparsity: SparsityConfig) -> PreTrainedM
     transformers_log.addFilter(_drop_record)  # it would list every predictor tensor as missing
     try:
         model, info = model_class.from_pretrained(
-            None, config=config, state_dict=weights, output_loading_info=True, dtype=dense.dtype
+            None,
+            config=config,
+            state_dict=weights,
+            output_loading_info=True,
+            dtype=dense.dtype,
+            attn_implementation=dense.config._attn_implementation,
         )
     finally:
         transformers_log.removeFilter(_drop_record)
@@ -130,7 +136,7 @@ def sparse_twin(dense: PreTrainedModel, sparsity: SparsityConfig) -> PreTrainedM
     lost += info["unexpected_keys"]
     if lost:
         raise ModelLoadError(f"the dense model's tensors do not fit its sparse class: {sorted(lost)[:5]}")
-    model.generation_config = dense.generation_config
+    model.generation_config = copy.deepcopy(dense.generation_config)
     return model.to(dense.device)
 
 

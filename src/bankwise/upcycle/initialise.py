@@ -69,6 +69,8 @@ def _initialise_linear(layer: SparseSwiGLU, statistics: LayerStatistics, damped_
         importance_F = torch.ones_like(gate_FD[:, 0])
         expand_FR, reduce_RD = low_rank_of_weight(gate_FD, damped_DD, importance_F, rank)
         bias_F = gate_FD @ statistics.mean_D - expand_FR @ (reduce_RD @ statistics.mean_D)
+        if layer.gate_proj.bias is not None:
+            bias_F = bias_F + layer.gate_proj.bias.double()
     _copy_padded(predictor.expand.weight, expand_FR, dim=1)
     _copy_padded(predictor.reduce.weight, reduce_RD, dim=0)
     predictor.expand.bias.copy_(bias_F)
