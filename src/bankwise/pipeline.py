@@ -93,6 +93,7 @@ def run(
     dense = load_dense(recipe.model)
     tokenizer = dense.tokenizer
     assert tokenizer is not None
+    check_model(recipe, dense.model.config)
     data = load_data(recipe, tokenizer)
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     summary: dict[str, Any] = {}
@@ -193,6 +194,18 @@ def check_folder(
                 f"{folder} was started with another recipe, so it cannot be resumed with this one; "
                 f"use the recipe in {saved}, or choose another folder with output=..."
             )
+
+
+def check_model(recipe: Recipe, config: Any) -> None:
+    """Refuse a recipe that does not fit the shape of the dense model."""
+    recipe.sparsity.validate_for(
+        ffn_size=config.intermediate_size, num_layers=config.num_hidden_layers, hidden_act=config.hidden_act
+    )
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and recipe.eval.seq_len > context:
+        raise ConfigError(
+            f"eval.seq_len={recipe.eval.seq_len} is longer than the model's context of {context}; use {context} or less"
+        )
 
 
 def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -338,22 +351,15 @@ def _converted(
 
 
 def conversion_line(report: dict[str, Any]) -> str:
-    """Means over the layers of what `convert` measured, for the terminal."""
-    layers = report["layers"]
-    if not layers:
+    """What `convert` measured, for the terminal."""
+    if "before" not in report:
         return f"converted from the weights alone in {report['seconds']:.0f} s"
-
-    def mean(key: str) -> float:
-        return sum(layer[key] for layer in layers) / len(layers)
-
-    return (
-        f"converted in {report['seconds']:.0f} s; means over {len(layers)} layers, on windows that were not fitted:\n"
-        f"  retained energy  global oracle {mean('retained_global'):.3f}"
-        f"  bank oracle {mean('retained_oracle_before'):.3f}"
-        f" -> {mean('retained_oracle'):.3f} (bank layout)  predictor {mean('retained_start'):.3f} (closed form)"
-        f" -> {mean('retained'):.3f} (refined)  random {mean('retained_random'):.3f}\n"
-        f"  recall of the oracle's channels  {mean('recall_start'):.3f} -> {mean('recall'):.3f}"
-    )
+    lines = [
+        f"converted in {report['seconds']:.0f} s; on {len(report['layers'])} layers and windows that were not fitted:"
+    ]
+    lines += [f"  {name:36} {value:.3f} -> {report['after'][name]:.3f}" for name, value in report["before"].items()]
+    lines.append("  (dense, original order, closed form -> converted, bank layout, refined)")
+    return "\n".join(lines)
 
 
 def _continue(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

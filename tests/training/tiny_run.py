@@ -26,7 +26,7 @@ def write_texts(folder: Path, num_documents: int = 12, num_words: int = 300) -> 
     return folder
 
 
-def tiny_recipe(model: Path, texts: Path, output: Path, **changes: Any) -> dict[str, Any]:
+def tiny_recipe(model: Path, texts: Path, output: Path, /, **changes: Any) -> dict[str, Any]:
     """Recipe as a dict; `changes` replace whole fields, `stage` updates the only stage."""
     stage = {
         "tokens": 256,

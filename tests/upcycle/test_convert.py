@@ -115,20 +115,22 @@ def test_the_stream_of_hidden_states_is_the_one_asked_for(routed, tokens):
 @pytest.mark.parametrize("center", ["mean", "learnable", "ema"])
 def test_the_centre_is_the_mean_over_the_tokens_that_dropped_the_channel(center, tiny_dense, tokens):
     windows = tokens(17, 24)
-    model = fit(tiny_dense(num_hidden_layers=1), windows, center=center).model
-    layer, seen = sparse_layers(model)[0], []
-    layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model = fit(tiny_dense("mistral"), windows, center=center).model
+    seen = {}
+    for layer in sparse_layers(model):
+        layer.register_forward_pre_hook(lambda layer, arguments: seen.update({layer: arguments[0].flatten(0, 1)}))
     with torch.no_grad():
         model(windows[:15])  # the last two of seventeen are for the check
-        x = seen[0].flatten(0, 1)
-        dropped, h = ~layer.active_mask(x), layer.dense_activation(x)
-        often = dropped.sum(0) > 100
-        expected = (h * dropped).sum(0) / dropped.sum(0).clamp_min(1)
-        assert often.sum() > 200
-        # bfloat16 activations during the fit move a few tokens across the cut.
-        error, to_plain_mean = ((value - expected)[often].abs() for value in (layer.center, h.mean(0)))
-        assert error.max() < 0.02
-        assert error.mean() < 0.1 * to_plain_mean.mean()
+        assert len(seen) == 2
+        for layer, x in seen.items():
+            dropped, h = ~layer.active_mask(x), layer.dense_activation(x)
+            often = dropped.sum(0) > 100
+            expected = (h * dropped).sum(0) / dropped.sum(0).clamp_min(1)
+            assert often.sum() > 200
+            # bfloat16 activations during the fit move a few tokens across the cut.
+            error, to_plain_mean = ((value - expected)[often].abs() for value in (layer.center, h.mean(0)))
+            assert error.max() < 0.03
+            assert error.mean() < 0.1 * to_plain_mean.mean()
 
 
 @pytest.mark.parametrize("layout", ["random", "snake", "coact"])
@@ -217,11 +219,18 @@ def test_texts_without_a_tokenizer_are_refused(tiny_dense):
 
 
 @pytest.mark.parametrize(
-    "windows", [torch.rand(2, 8), torch.zeros(8, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long)], ids=str
+    "windows",
+    [torch.rand(2, 8), *(torch.zeros(shape, dtype=torch.long) for shape in ((8,), (2, 1), (0, 8)))],
+    ids=lambda windows: f"{tuple(windows.shape)}-{windows.dtype}",
 )
 def test_tensors_that_are_no_windows_are_refused(windows, tiny_dense):
     with pytest.raises(ConfigError, match=r"give token ids \[windows, length\]"):
         bankwise.upcycle(tiny_dense(), calibration=windows)
+
+
+def test_rows_without_text_are_refused(tiny_dense, tokenizer):
+    with pytest.raises(ConfigError, match="calibration rows have no column 'text'"):
+        bankwise.upcycle(tiny_dense(), calibration=[{"content": "hello"}], tokenizer=tokenizer)
 
 
 def test_too_little_text_is_refused(tiny_dense, tokenizer):

@@ -34,6 +34,12 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
         _assign(values, key.split("."), value, override)
+    for name in (field.name for field in dataclasses.fields(Recipe) if dataclasses.is_dataclass(field.default_factory)):
+        # A section that is left empty has its defaults; the parser would end with a TypeError on anything else.
+        if values.get(name) is None:
+            values.pop(name, None)
+        elif not isinstance(values[name], dict):
+            raise ConfigError(f"the recipe is not valid: {name}={values[name]!r} is not a mapping of settings")
     if isinstance(values.get("stages"), list):
         # The parser takes `{}` for no value at all; a stage of defaults is a stage.
         values["stages"] = [stage or {"tokens": Stage().tokens} for stage in values["stages"]]

@@ -24,6 +24,7 @@ from bankwise.errors import ConfigError, ModelLoadError
 from bankwise.ffn import SparseSwiGLU, bank_topk_mask
 from bankwise.ffn.precision import bf16_router_products
 from bankwise.models import SPARSE_FAMILIES
+from bankwise.models.lm_loss import chunked_lm_loss
 from bankwise.upcycle.initialise import initialise_predictor, standardise_logits
 from bankwise.upcycle.loading import load_dense
 from bankwise.upcycle.permutation import bank_order, permute_channels
@@ -33,7 +34,6 @@ from bankwise.upcycle.statistics import LayerStatistics, channel_values
 logger = logging.getLogger(__name__)
 
 _CHECK_SHARE = 8
-"""One window in eight measures the fit instead of being fitted."""
 _MEASURED_TOKENS = 4096
 
 
@@ -43,7 +43,8 @@ class Conversion:
 
     model: PreTrainedModel
     report: dict[str, Any] = field(default_factory=dict)
-    """tokens, seconds, and per layer: retained energy and recall on windows that were not fitted."""
+    """Tokens, seconds, and - on calibration windows that were not fitted - loss, retained energy and recall before and
+    after, and by layer. Before means: dense loss, original channel order, closed-form predictor."""
 
 
 def upcycle(
@@ -78,7 +79,8 @@ def calibration_windows(
 ) -> Tensor | None:
     """Token windows [n, length] of calibration text, or None for a conversion from the weights alone."""
     if isinstance(calibration, Tensor):
-        if calibration.ndim != 2 or calibration.shape[1] < 2 or calibration.is_floating_point():
+        is_rows = calibration.ndim == 2 and calibration.shape[0] >= 1 and calibration.shape[1] >= 2
+        if not is_rows or calibration.is_floating_point():
             raise ConfigError(
                 f"calibration windows of shape {tuple(calibration.shape)} and dtype {calibration.dtype} given; "
                 "give token ids [windows, length] with length >= 2"
@@ -94,7 +96,10 @@ def calibration_windows(
     else:
         if isinstance(calibration, str):
             calibration = [calibration]
-        texts = [row if isinstance(row, str) else row["text"] for row in calibration]
+        try:
+            texts = [row if isinstance(row, str) else row["text"] for row in calibration]
+        except (KeyError, TypeError) as error:
+            raise ConfigError("calibration rows have no column 'text'; rename the column, or give the texts") from error
         documents = [Document(id=str(index), text=text) for index, text in enumerate(texts)]
     return token_windows(documents, tokenizer, seq_len=settings.seq_len, max_windows=num_windows, seed=settings.seed)
 
@@ -159,12 +164,42 @@ def convert(
     model = sparse_twin(dense, sparsity).eval()
     with bf16_router_products():
         layers = _fit_layers(model, sparsity, windows, settings, progress)
-    report: dict[str, Any] = {
-        "tokens": 0 if windows is None else windows.numel(),
-        "seconds": time.perf_counter() - started,
-        "layers": layers,
-    }
+    report: dict[str, Any] = {"tokens": 0 if windows is None else windows.numel(), "layers": layers}
+    if windows is not None and layers:
+        check = check_windows(windows)
+        report["before"] = {
+            "loss": _mean_loss(dense, check),
+            "retained energy of the bank oracle": _mean(layers, "retained_oracle_before"),
+            "retained energy of the predictor": _mean(layers, "retained_start"),
+            "recall of the oracle's channels": _mean(layers, "recall_start"),
+        }
+        report["after"] = {
+            "loss": _mean_loss(model, check),
+            "retained energy of the bank oracle": _mean(layers, "retained_oracle"),
+            "retained energy of the predictor": _mean(layers, "retained"),
+            "recall of the oracle's channels": _mean(layers, "recall"),
+        }
+    report["seconds"] = time.perf_counter() - started
     return Conversion(model, report)
+
+
+def check_windows(windows: Tensor) -> Tensor:
+    """The last eighth of the calibration windows: they measure the fit instead of being fitted."""
+    return windows[-max(1, len(windows) // _CHECK_SHARE) :]
+
+
+def _mean(layers: list[dict[str, Any]], key: str) -> float:
+    return sum(layer[key] for layer in layers) / len(layers)
+
+
+def _mean_loss(model: PreTrainedModel, windows: Tensor) -> float:
+    total = 0.0
+    for window_S in windows.to(model.device):
+        with torch.autocast(model.device.type, torch.bfloat16):
+            hidden_SD = model.model(window_S[None], use_cache=False).last_hidden_state[0]
+            loss = chunked_lm_loss(hidden_SD[:-1], model.lm_head.weight, window_S[1:], chunk_size=256)
+        total += loss.cross_entropy.item()
+    return total / (windows.shape[0] * (windows.shape[1] - 1))
 
 
 def _fit_layers(
@@ -288,7 +323,7 @@ class _HiddenStream:
         # bfloat16 stream on a CPU: three times faster, and the fit does not see the difference (docs/research-log.md).
         self.dtype = torch.bfloat16
         windows = windows.to(model.device)
-        self.num_check = max(1, len(windows) // _CHECK_SHARE) if len(windows) > 1 else 0
+        self.num_check = len(check_windows(windows)) if len(windows) > 1 else 0
         self.block_arguments: dict[nn.Module, dict[str, Any]] = {}
         self._catch_arguments(model, windows[:1])
         self.states = [model.model.embed_tokens(part) for part in windows.split(batch)]
