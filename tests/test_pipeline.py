@@ -171,9 +171,14 @@ def test_a_run_of_fewer_steps_than_log_steps_is_reported(recipe):
 
 
 def test_the_companion_can_be_the_teacher(recipe):
-    result = bankwise.run(recipe(stage={"kd_weight": 1, "teacher": "companion"}), quiet=True)
-    kd = {row["model"]: row["kd"] for row in rows(result.folder)}
-    assert kd["companion"] == 0 < kd["sparse"]
+    kd = {}
+    for teacher in ("companion", "dense"):
+        stage = {"kd_weight": 1, "teacher": teacher, "lr": 1e-2, "log_steps": 1}
+        result = bankwise.run(recipe(stage=stage), overwrite=True, quiet=True)
+        kd[teacher] = {(row["model"], row["step"]): row["kd"] for row in rows(result.folder)}
+        assert kd[teacher]["companion", 1] == 0 < kd[teacher]["sparse", 1]
+    # Before any training of the student: only the teachers differ.
+    assert kd["companion"]["sparse", 1] > 1.5 * kd["dense"]["sparse", 1]
 
 
 def test_only_the_predictors_change_where_only_they_train(recipe):
@@ -337,7 +342,15 @@ def test_an_interrupted_run_resumes_to_the_same_end_bit_for_bit(recipe, tmp_path
                 bankwise.run(settings, resume=Path(settings["output"]).exists(), quiet=True)
         assert (Path(settings["output"]) / "training" / name / "checkpoint-2").is_dir()
         assert not (Path(settings["output"]) / "summary.json").exists()
+    step, made = UpcyclingTrainer.training_step, []
+
+    def counted(self, *args):
+        made.append(self.name)
+        return step(self, *args)
+
+    monkeypatch.setattr(UpcyclingTrainer, "training_step", counted)
     resumed = bankwise.run(settings, resume=True, quiet=True)
+    assert made == ["sparse"] * 8, "steps 3 to 6, of two passes each, are what was left"
     for name in ("dense", "untrained", "companion", "sparse", "closed", "continuations"):
         assert resumed.summary[name] == whole.summary[name]
     assert without_time(rows(resumed.folder)) == without_time(rows(whole.folder))

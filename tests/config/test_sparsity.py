@@ -12,6 +12,7 @@ from bankwise.errors import BankwiseError, ConfigError
 REJECTED = [
     ({"gate_mode": "soft"}, ["gate_mode='soft'", "ste_unit", "hard"]),
     ({"gate_norm": "l2"}, ["gate_norm='l2'", "2sigma"]),
+    ({"h_grad": "straight", "center": "learnable"}, ["h_grad='straight'", "center='learnable'", "h_grad='masked'"]),
     ({"h_grad": "all"}, ["h_grad='all'", "masked", "straight"]),
     ({"predictor_form": "mlp"}, ["predictor_form='mlp'", "linear", "gated_product"]),
     ({"predictor_grad": "none"}, ["predictor_grad='none'", "lm", "aux", "both"]),
@@ -152,7 +153,7 @@ def test_a_config_survives_json():
         ste_tau=2.0,
         h_grad="straight",
         predictor_grad="aux",
-        center="learnable",
+        center="mean",
         bank_layout="coact",
         dense_layers=[1],
     )

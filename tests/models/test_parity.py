@@ -110,14 +110,8 @@ def test_smollm2_with_all_channels_equals_its_dense_model(smollm2):
         progress=False,
     )
     ids = smollm2.tokenizer("The capital of France is", return_tensors="pt").input_ids
-    with torch.no_grad():
-        scale = smollm2.model(ids).logits.abs().max().item()
-    assert scale > 10
-    # The order of the channels in the sum over 1536 is another one, in each of 30 layers.
-    assert largest_difference(sparse, smollm2.model, ids) <= 5e-6 * scale
-    layer = sparse_layers(sparse)[0]
-    assert layer.predictor.expand.weight.shape == (1536, 128)
-    assert not torch.equal(layer.predictor.bank_layout, torch.arange(1536))
+    assert largest_difference(sparse, smollm2.model, ids) <= 1e-5
+    assert sparse_layers(sparse)[0].predictor.expand.weight.shape == (1536, 128)
 
 
 @pytest.mark.parametrize("form", FORMS)

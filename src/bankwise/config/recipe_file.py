@@ -47,7 +47,7 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     parser.add_argument("--recipe", type=Recipe)
     try:
         return parser.instantiate(parser.parse_object({"recipe": values})).recipe
-    except ArgumentError as error:
+    except (ArgumentError, TypeError) as error:
         text = " ".join(str(error).split()).replace("recipe.", "").replace("Group 'recipe' does not accept", "unknown")
         raise ConfigError(f"the recipe is not valid: {text}") from None
 

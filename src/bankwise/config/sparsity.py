@@ -66,8 +66,10 @@ class SparsityConfig:
     """What a dropped channel contributes: 0 (`off`), or its centre: the calibrated conditional mean, a trained
     vector started there, or a running mean over the tokens that dropped it."""
 
-    bank_layout: BankLayout = "snake"
-    """How channels are dealt into banks at conversion; exact for the dense function, recorded in the checkpoint."""
+    bank_layout: BankLayout = "none"
+    """How channels are dealt into banks at conversion; exact for the dense function up to summation order, recorded in
+    the checkpoint. `none` keeps the dense order, and the dense logits bit for bit at active_per_bank = bank_size; on
+    SmolLM2 the others gain nothing (docs/research-log.md, "Calibration")."""
 
     dense_layers: list[int] = field(default_factory=list)
     """Layers that keep the plain dense FFN without a predictor."""

@@ -13,28 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bankwise.config import CalibrationConfig, DataSource, SparsityConfig
 from bankwise.data import load_documents, token_windows
 from bankwise.data.sources import Document
-from bankwise.errors import ConfigError, ModelLoadError
-from bankwise.ffn import SparseSwiGLU, bank_topk_mask
+from bankwise.errors import ConfigError, DataError, ModelLoadError
+from bankwise.ffn import SparseSwiGLU
 from bankwise.ffn.precision import bf16_router_products
 from bankwise.models import SPARSE_FAMILIES
 from bankwise.models.lm_loss import chunked_lm_loss
-from bankwise.upcycle.initialise import initialise_predictor, standardise_logits
+from bankwise.upcycle.fit import fit_layer, start_from_weights
 from bankwise.upcycle.loading import load_dense
-from bankwise.upcycle.permutation import bank_order, permute_channels
-from bankwise.upcycle.refine import refine_predictor
-from bankwise.upcycle.statistics import LayerStatistics, channel_values
+from bankwise.upcycle.stream import HiddenStream, check_windows
 
 logger = logging.getLogger(__name__)
-
-_CHECK_SHARE = 8
-_MEASURED_TOKENS = 4096
 
 
 @dataclass
@@ -68,6 +63,7 @@ def upcycle(
     if not isinstance(dense, PreTrainedModel):
         loaded = load_dense(dense, tokenizer=tokenizer is None)
         dense, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+    check_convertible(dense, sparsity)
     windows = calibration_windows(calibration, tokenizer, settings)
     return convert(dense, sparsity, windows, settings, progress=progress).model
 
@@ -101,23 +97,42 @@ def calibration_windows(
         except (KeyError, TypeError) as error:
             raise ConfigError("calibration rows have no column 'text'; rename the column, or give the texts") from error
         documents = [Document(id=str(index), text=text) for index, text in enumerate(texts)]
-    return token_windows(documents, tokenizer, seq_len=settings.seq_len, max_windows=num_windows, seed=settings.seed)
+    seq_len = _fitting_length(documents, tokenizer, settings.seq_len)
+    return token_windows(documents, tokenizer, seq_len=seq_len, max_windows=num_windows, seed=settings.seed)
 
 
-def sparse_twin(dense: PreTrainedModel, sparsity: SparsityConfig) -> PreTrainedModel:
-    """Model of the sparse class with a copy of the dense weights and predictors at a random start."""
+def _fitting_length(documents: list[Document], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> int:
+    # A handful of short texts still makes one window, shorter than asked for.
+    tokens = 0
+    for document in documents:
+        tokens += len(tokenizer(document.text)["input_ids"])
+        if tokens >= seq_len:
+            return seq_len
+    if tokens < 2:
+        raise DataError(f"the calibration texts hold {tokens} tokens; give at least a few hundred")
+    logger.warning("the calibration texts hold %d tokens only, less than one window of %d", tokens, seq_len)
+    return tokens
+
+
+def check_convertible(dense: PreTrainedModel, sparsity: SparsityConfig) -> None:
+    """Raise `ModelLoadError` or `ConfigError` where `dense` cannot be given this sparsity."""
     family = dense.config.model_type
     if family not in SPARSE_FAMILIES:
         raise ModelLoadError(
             f"model type {family!r} cannot be upcycled; bankwise converts {', '.join(SPARSE_FAMILIES)}"
             + (" and this model is sparse already" if family.startswith("bankwise_") else "")
         )
-    config_class, model_class = SPARSE_FAMILIES[family]
     sparsity.validate_for(
         ffn_size=dense.config.intermediate_size,
         num_layers=dense.config.num_hidden_layers,
         hidden_act=dense.config.hidden_act,
     )
+
+
+def sparse_twin(dense: PreTrainedModel, sparsity: SparsityConfig) -> PreTrainedModel:
+    """Model of the sparse class with a copy of the dense weights and predictors at a random start."""
+    check_convertible(dense, sparsity)
+    config_class, model_class = SPARSE_FAMILIES[dense.config.model_type]
     values = dense.config.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "auto_map"):
         values.pop(key, None)
@@ -160,9 +175,11 @@ def convert(
 ) -> Conversion:
     """Sparse model and the figures of its fit, from calibration windows [n, length] or (None) from the weights."""
     started = time.perf_counter()
-    torch.manual_seed(settings.seed)
-    model = sparse_twin(dense, sparsity).eval()
-    with bf16_router_products():
+    if settings.init == "ridge" and sparsity.predictor_form != "linear":
+        raise ConfigError("calibration.init='ridge' fits predictor_form='linear' only; use 'svd_act' or 'auto'")
+    with torch.random.fork_rng(), bf16_router_products():
+        torch.manual_seed(settings.seed)
+        model = sparse_twin(dense, sparsity).eval()
         layers = _fit_layers(model, sparsity, windows, settings, progress)
     report: dict[str, Any] = {"tokens": 0 if windows is None else windows.numel(), "layers": layers}
     if windows is not None and layers:
@@ -181,11 +198,6 @@ def convert(
         }
     report["seconds"] = time.perf_counter() - started
     return Conversion(model, report)
-
-
-def check_windows(windows: Tensor) -> Tensor:
-    """The last eighth of the calibration windows: they measure the fit instead of being fitted."""
-    return windows[-max(1, len(windows) // _CHECK_SHARE) :]
 
 
 def _mean(layers: list[dict[str, Any]], key: str) -> float:
@@ -209,7 +221,7 @@ def _fit_layers(
     settings: CalibrationConfig,
     progress: bool,
 ) -> list[dict[str, Any]]:
-    stream = None if windows is None else _HiddenStream(model, windows, settings.stream)
+    stream = None if windows is None else HiddenStream(model, windows, settings.stream)
     layers = []
     blocks = model.model.layers
     for index, block in enumerate(tqdm(blocks, desc="upcycle", unit="layer", disable=not progress)):
@@ -219,165 +231,9 @@ def _fit_layers(
                 stream.advance(block, layer)
             continue
         if stream is None:
-            _start_from_weights(layer, block.post_attention_layernorm.weight, sparsity, settings)
+            start_from_weights(layer, block.post_attention_layernorm.weight, sparsity, settings)
             continue
         fit_TD, check_TD = stream.ffn_inputs(block)
-        layers.append({"layer": index} | _fit_layer(layer, fit_TD, check_TD, sparsity, settings, index))
+        layers.append({"layer": index} | fit_layer(layer, fit_TD, check_TD, sparsity, settings, index))
         stream.advance(block, layer)
     return layers
-
-
-def _start_from_weights(
-    layer: SparseSwiGLU, norm_D: Tensor, sparsity: SparsityConfig, settings: CalibrationConfig
-) -> None:
-    # Co-activation needs activations; the deal by mean energy is its start anyway.
-    layout = "snake" if sparsity.bank_layout == "coact" else sparsity.bank_layout
-    energy_F = LayerStatistics.from_norm(layer, norm_D).energy_F
-    order_F = bank_order(energy_F[None], bank_size=layer.bank_size, layout=layout, seed=settings.seed)
-    permute_channels(layer, order_F)
-    layer.predictor.bank_layout.copy_(order_F)
-    init = "svd_act" if settings.init in ("auto", "ridge") else settings.init  # ridge regresses on data
-    initialise_predictor(layer, LayerStatistics.from_norm(layer, norm_D), init=init, ridge=settings.ridge)
-    standardise_logits(layer, torch.randn(1024, norm_D.numel()).to(norm_D) * norm_D)
-
-
-def _fit_layer(
-    layer: SparseSwiGLU,
-    fit_TD: Tensor,
-    check_TD: Tensor,
-    sparsity: SparsityConfig,
-    settings: CalibrationConfig,
-    index: int,
-) -> dict[str, float | bool]:
-    # No weight cache: the permutation changes weights inside this block.
-    with torch.autocast(fit_TD.device.type, torch.bfloat16, cache_enabled=False):
-        measured: dict[str, float | bool] = {"retained_global": _retained_global(layer, check_TD)}
-        measured["retained_oracle_before"] = _measure(layer, check_TD, None)["retained_oracle"]
-        if sparsity.bank_layout != "none":
-            sample_TF = channel_values(layer, fit_TD[-_MEASURED_TOKENS:])[2]
-            order_F = bank_order(
-                sample_TF, bank_size=layer.bank_size, layout=sparsity.bank_layout, seed=settings.seed + index
-            ).to(fit_TD.device)
-            permute_channels(layer, order_F)
-            if _measure(layer, check_TD, None)["retained_oracle"] < measured["retained_oracle_before"]:
-                permute_channels(layer, order_F.argsort())
-                order_F = torch.arange(order_F.numel())
-            layer.predictor.bank_layout.copy_(order_F)
-        init = settings.init
-        if init == "auto":
-            init = "ridge" if sparsity.predictor_form == "linear" else "svd_act"
-        statistics = LayerStatistics.collect(layer, fit_TD, with_energy_covariance=init == "ridge")
-        initialise_predictor(layer, statistics, init=init, ridge=settings.ridge)
-        standardise_logits(layer, fit_TD[:_MEASURED_TOKENS])
-        start = _measure(layer, check_TD, layer.predictor)
-        measured |= {"recall_start": start["recall"], "retained_start": start["retained"]}
-        if settings.refine_epochs:
-            refine_predictor(
-                layer, fit_TD, epochs=settings.refine_epochs, lr=settings.refine_lr, seed=settings.seed + index
-            )
-            standardise_logits(layer, fit_TD[:_MEASURED_TOKENS])
-        if sparsity.center != "off":
-            layer.center.copy_(_dropped_mean(layer, fit_TD))
-        return measured | _measure(layer, check_TD, layer.predictor)
-
-
-def _measure(layer: SparseSwiGLU, x_TD: Tensor, predictor: nn.Module | None) -> dict[str, float]:
-    """Retained energy of the bank oracle and, for a predictor, its recall and retained energy (`method.md` 4.3)."""
-    cut = {"bank_size": layer.bank_size, "active_per_bank": layer.active_per_bank}
-    energy_TF = channel_values(layer, x_TD)[2]
-    total_T = energy_TF.square().sum(dim=-1).clamp_min(1e-30)
-    oracle_TF = bank_topk_mask(energy_TF, **cut)
-    result = {"retained_oracle": ((energy_TF * oracle_TF).square().sum(dim=-1) / total_T).mean().item()}
-    if predictor is not None:
-        mask_TF = bank_topk_mask(predictor(x_TD), **cut)
-        result["recall"] = ((mask_TF & oracle_TF).sum() / oracle_TF.sum()).item()
-        result["retained"] = ((energy_TF * mask_TF).square().sum(dim=-1) / total_T).mean().item()
-        # What a choice that ignores the token and the channel would keep.
-        result["retained_random"] = layer.active_per_bank / layer.bank_size
-    return result
-
-
-def _retained_global(layer: SparseSwiGLU, x_TD: Tensor) -> float:
-    square_TF = channel_values(layer, x_TD)[2].square()
-    kept = square_TF.shape[-1] * layer.active_per_bank // layer.bank_size
-    return (square_TF.topk(kept, dim=-1).values.sum(dim=-1) / square_TF.sum(dim=-1).clamp_min(1e-30)).mean().item()
-
-
-def _dropped_mean(layer: SparseSwiGLU, x_TD: Tensor) -> Tensor:
-    """c_F = E[h | not selected], the least-squares value of a dropped channel (`method.md` section 2.5)."""
-    total_F = torch.zeros(layer.gate_proj.out_features, dtype=torch.float64, device=x_TD.device)
-    count_F = torch.zeros_like(total_F)
-    for part_TD in x_TD.split(_MEASURED_TOKENS):
-        dropped_TF = ~layer.active_mask(part_TD)
-        total_F += (layer.dense_activation(part_TD).double() * dropped_TF).sum(dim=0)
-        count_F += dropped_TF.sum(dim=0)
-    return total_F / count_F.clamp_min(1)
-
-
-class _HiddenStream:
-    """Hidden states of all calibration windows, advanced one decoder layer at a time."""
-
-    def __init__(self, model: PreTrainedModel, windows: Tensor, stream: str, batch: int = 4) -> None:
-        self.batch = batch
-        self.stream = stream
-        # bfloat16 stream on a CPU: three times faster, and the fit does not see the difference (docs/research-log.md).
-        self.dtype = torch.bfloat16
-        windows = windows.to(model.device)
-        self.num_check = len(check_windows(windows)) if len(windows) > 1 else 0
-        self.block_arguments: dict[nn.Module, dict[str, Any]] = {}
-        self._catch_arguments(model, windows[:1])
-        self.states = [model.model.embed_tokens(part) for part in windows.split(batch)]
-        self.ffn_input: list[Tensor] = []
-
-    def _catch_arguments(self, model: PreTrainedModel, window: Tensor) -> None:
-        """What the model passes to each decoder layer (masks, positions); windows are unpadded and of one length."""
-
-        def catch(block: nn.Module, _: Any, arguments: dict[str, Any]) -> None:
-            kept = {name: value for name, value in arguments.items() if name != "hidden_states"}
-            self.block_arguments[block] = kept | {"past_key_values": None, "use_cache": False}
-
-        hooks = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in model.model.layers]
-        try:
-            model.model(window, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def ffn_inputs(self, block: nn.Module) -> tuple[Tensor, Tensor]:
-        """Run the block's attention; return FFN inputs [T, D] to fit on and to check on."""
-        layer, tap = block.mlp, _Tap()
-        block.mlp = tap
-        try:
-            with torch.autocast(self.states[0].device.type, self.dtype):
-                self.states = [block(state, **self.block_arguments[block]) for state in self.states]
-        finally:
-            block.mlp = layer
-        self.ffn_input = [value.to(self.dtype) for value in tap.seen]
-        windows = torch.cat(self.ffn_input)
-        check = windows[len(windows) - self.num_check :] if self.num_check else windows
-        return windows[: len(windows) - self.num_check].flatten(0, 1), check.flatten(0, 1)[:_MEASURED_TOKENS]
-
-    def advance(self, block: nn.Module, layer: nn.Module) -> None:
-        """Add the FFN's output to the states: the sparse one, or the dense one where `stream` is dense."""
-        if not self.ffn_input:
-            self.ffn_inputs(block)
-        with torch.autocast(self.states[0].device.type, self.dtype):
-            for position, x in enumerate(self.ffn_input):
-                if self.stream == "sparse" or not isinstance(layer, SparseSwiGLU):
-                    output = layer(x)
-                else:
-                    output = layer.down_proj(layer.dense_activation(x))
-                self.states[position] = self.states[position] + output
-        self.ffn_input = []
-
-
-class _Tap(nn.Module):
-    """Stands in for an FFN: keeps its input and adds nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(x.detach())
-        return torch.zeros_like(x)

@@ -6,7 +6,6 @@ Shapes: D hidden, F channels, R rank.
 import torch
 from torch import Tensor
 
-from bankwise.errors import ConfigError
 from bankwise.ffn import SparseSwiGLU
 from bankwise.upcycle.statistics import LayerStatistics
 
@@ -41,8 +40,6 @@ def reduced_rank_ridge(covariance_DD: Tensor, cross_DF: Tensor, rank: int) -> tu
 def initialise_predictor(layer: SparseSwiGLU, statistics: LayerStatistics, *, init: str, ridge: float) -> None:
     """Write the start values of one layer's predictor; `init` as in `CalibrationConfig.init`, but not `auto`."""
     form = layer.predictor.form
-    if init == "ridge" and form != "linear":
-        raise ConfigError("calibration.init='ridge' fits predictor_form='linear' only; use 'svd_act' or 'auto'")
     width = statistics.mean_D.numel()
     covariance_DD = statistics.covariance_DD
     damped_DD = covariance_DD + ridge * covariance_DD.diagonal().mean() * torch.eye(width).to(covariance_DD)
