@@ -58,11 +58,6 @@ def test_every_start_gives_a_working_model(form, init, calibrated, tiny_dense, t
     assert [layer["layer"] for layer in conversion.report["layers"]] == ([0, 1] if calibrated else [])
 
 
-def test_ridge_is_refused_for_the_product_form(tiny_dense, tokens):
-    with pytest.raises(ConfigError, match="init='ridge' fits predictor_form='linear' only"):
-        fit(tiny_dense(), tokens(4, 24), init="ridge")
-
-
 @pytest.mark.parametrize("form", ["linear", "gated_product"])
 def test_calibrated_predictor_finds_the_oracles_channels(form, routed, tokens):
     windows, new = tokens(32, 64, seed=2), tokens(4, 64, seed=3)
