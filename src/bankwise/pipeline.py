@@ -27,6 +27,7 @@ from bankwise.config import Recipe, Stage, dump_recipe, load_recipe
 from bankwise.data import held_out_windows, mixed_windows
 from bankwise.errors import ConfigError
 from bankwise.evaluation.perplexity import active_fraction, perplexity
+from bankwise.ffn.allocator import keep_freed_memory
 from bankwise.inference import generate_text
 from bankwise.models.checkpoint import load_checkpoint, save_checkpoint
 from bankwise.models.modeling import use_chunked_loss
@@ -85,6 +86,7 @@ def run(
     started = time.time()
     folder = Path(recipe.output)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    keep_freed_memory()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     say = _Speaker(quiet)
@@ -153,6 +155,7 @@ def train(
         raise ConfigError("teacher='companion' needs a companion: use `bankwise run`, or teacher='dense'")
     folder = Path(recipe.output)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite, inputs=[checkpoint])
+    keep_freed_memory()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)

@@ -135,8 +135,9 @@ class Stage:
     aux_scope: Literal["all", "selected"] = "all"
     """Channels that the auxiliary routing loss looks at."""
 
-    aux_token_fraction: float = 0.25
-    """Share of the tokens that the auxiliary routing loss reads; a quarter costs a quarter."""
+    aux_token_fraction: float = 0.0625
+    """Share of the tokens that the auxiliary routing loss and the statistics read: every n-th token, n = 1 / share
+    rounded. The loss runs the predictor a second time, so its cost follows the share."""
 
     max_grad_norm: float = 1.0
     """Gradient clipping."""

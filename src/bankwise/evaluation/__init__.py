@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bankwise.config import DataSource
+from bankwise.config import DataSource, EvalConfig
 from bankwise.data import held_out_windows
 from bankwise.errors import ConfigError
 from bankwise.evaluation.perplexity import LossResult, active_fraction, perplexity, window_losses
@@ -31,6 +31,7 @@ def evaluate(
 
     Windows come from the held-out split of each source: the same `held_out_fraction` as in training keeps them unseen.
     """
+    EvalConfig(windows=windows, seq_len=seq_len, batch_size=batch_size)  # refuses impossible sizes
     unknown = sorted(set(suites) - set(SUITES))
     if unknown:
         raise ConfigError(f"unknown suites {unknown}; this version measures {', '.join(SUITES)}")

@@ -102,11 +102,12 @@ class Predictor(nn.Module):
             if self.form == "linear":
                 return linear_logits(x_TD, reduce_RD, expand_FR, bias_F)
             half = reduce_RD.shape[0] // 2
-            rows_TD = x_TD.flatten(0, -2)
+            code_TR = functional.linear(to_routing_dtype(x_TD.flatten(0, -2)), to_routing_dtype(reduce_RD))
+            expand_FR = to_routing_dtype(expand_FR)
             energy_TF = ExpectedEnergy.apply(
-                linear_logits(rows_TD, reduce_RD[:half], expand_FR[:, :half], self.gate_offset),
-                linear_logits(rows_TD, reduce_RD[half:], expand_FR[:, half:], self.up_offset),
+                functional.linear(code_TR[:, :half], expand_FR[:, :half], to_routing_dtype(self.gate_offset)),
+                functional.linear(code_TR[:, half:], expand_FR[:, half:], to_routing_dtype(self.up_offset)),
                 to_routing_dtype(self.gate_log_noise),
                 to_routing_dtype(self.up_log_noise),
             )
-            return (energy_TF + to_routing_dtype(bias_F)).view(*x_TD.shape[:-1], bias_F.shape[0])
+            return energy_TF.add_(to_routing_dtype(bias_F)).view(*x_TD.shape[:-1], bias_F.shape[0])
