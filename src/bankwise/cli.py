@@ -145,7 +145,7 @@ def _upcycle(options: argparse.Namespace) -> int:
             recipe.data,
             dense.tokenizer,
             seq_len=settings.seq_len,
-            num_windows=-(-int(settings.tokens) // settings.seq_len),
+            num_windows=settings.windows,
             split="train",
             held_out_fraction=recipe.held_out_fraction,
             seed=settings.seed,

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from bankwise import __version__
-from bankwise.config import Recipe, Stage, dump_recipe, load_recipe
+from bankwise.config import Recipe, dump_recipe, load_recipe
 from bankwise.data import held_out_windows, mixed_windows
 from bankwise.errors import ConfigError
 from bankwise.evaluation.perplexity import active_fraction, perplexity
@@ -250,15 +250,10 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
     calibration = recipe.calibration
     stage = recipe.stages[0] if recipe.stages else None
     return RunData(
-        training_split(calibration.seq_len, -(-int(calibration.tokens) // calibration.seq_len), calibration.seed),
-        training_split(stage.seq_len, windows_of(stage), recipe.seed) if stage else None,
+        training_split(calibration.seq_len, calibration.windows, calibration.seed),
+        training_split(stage.seq_len, stage.windows, recipe.seed) if stage else None,
         held_out,
     )
-
-
-def windows_of(stage: Stage) -> int:
-    """Sequences that a stage reads on one process."""
-    return stage.steps * int(stage.batch_tokens) // stage.seq_len
 
 
 def measure(recipe: Recipe, model: PreTrainedModel, data: RunData, *, tokens: int) -> dict[str, Any]:

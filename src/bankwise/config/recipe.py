@@ -82,6 +82,11 @@ class CalibrationConfig:
         if self.refine_epochs < 0:
             raise ConfigError(f"calibration.refine_epochs={self.refine_epochs} is negative; 0 switches it off")
 
+    @property
+    def windows(self) -> int:
+        """Calibration windows: enough for `tokens`, rounded up."""
+        return -(-int(self.tokens) // self.seq_len)
+
 
 @dataclass(kw_only=True)
 class Stage:
@@ -190,6 +195,11 @@ class Stage:
     def steps(self) -> int:
         """Optimiser steps on one process."""
         return -(-int(self.tokens) // int(self.batch_tokens))
+
+    @property
+    def windows(self) -> int:
+        """Sequences that the stage reads on one process."""
+        return self.steps * int(self.batch_tokens) // self.seq_len
 
 
 @dataclass(kw_only=True)

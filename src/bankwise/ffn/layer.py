@@ -18,7 +18,7 @@ from bankwise.config.sparsity import SparsityConfig
 from bankwise.ffn.bank import bank_topk_mask, cut_banks
 from bankwise.ffn.gates import SteUnitGate, gate_activation, selected_channels
 from bankwise.ffn.predictor import Predictor
-from bankwise.ffn.routing_loss import channel_energy, routing_loss
+from bankwise.ffn.routing_loss import channel_energy, channel_recall, retained_energy, routing_loss
 
 
 @dataclass
@@ -184,10 +184,9 @@ class SparseSwiGLU(nn.Module):
         if not record.with_statistics:
             return
         oracle_TF = bank_topk_mask(energy_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank)
-        total_T = energy_TF.square().sum(dim=-1).clamp_min(1e-30)
-        record.recalls.append((cut.mask_TF & oracle_TF).sum() / oracle_TF.sum())
-        record.retained.append(((energy_TF * cut.mask_TF).square().sum(dim=-1) / total_T).mean())
-        record.retained_oracle.append(((energy_TF * oracle_TF).square().sum(dim=-1) / total_T).mean())
+        record.recalls.append(channel_recall(cut.mask_TF, oracle_TF))
+        record.retained.append(retained_energy(energy_TF, cut.mask_TF))
+        record.retained_oracle.append(retained_energy(energy_TF, oracle_TF))
 
     def extra_repr(self) -> str:
         return f"active={self.active_per_bank} of {self.bank_size}, gate_mode={self.sparsity.gate_mode}"

@@ -22,6 +22,17 @@ def channel_energy(h_TF: Tensor, down_DF: Tensor, center_F: Tensor | None = None
     return moved_TF.abs() * to_routing_dtype(down_DF).norm(dim=0)
 
 
+def channel_recall(mask_TF: Tensor, oracle_TF: Tensor) -> Tensor:
+    """Share of the oracle's channels that the mask keeps, a scalar (`method.md` section 4.3)."""
+    return (mask_TF & oracle_TF).sum() / oracle_TF.sum()
+
+
+def retained_energy(energy_TF: Tensor, mask_TF: Tensor) -> Tensor:
+    """Share of a token's squared contribution energy that the mask keeps, mean over tokens (`method.md` 4.3)."""
+    total_T = energy_TF.square().sum(dim=-1).clamp_min(1e-30)
+    return ((energy_TF * mask_TF).square().sum(dim=-1) / total_T).mean()
+
+
 def routing_loss(
     logits_TF: Tensor,
     energy_TF: Tensor,

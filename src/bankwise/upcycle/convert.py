@@ -82,7 +82,7 @@ def calibration_windows(
                 "give token ids [windows, length] with length >= 2"
             )
         return calibration
-    num_windows = -(-int(settings.tokens) // settings.seq_len)
+    num_windows = settings.windows
     if num_windows == 0 or (calibration is None and tokenizer is None):
         return None
     if tokenizer is None:

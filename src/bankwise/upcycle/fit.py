@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bankwise.config import CalibrationConfig, SparsityConfig
-from bankwise.ffn import SparseSwiGLU, bank_topk_mask
+from bankwise.ffn import SparseSwiGLU, bank_topk_mask, channel_recall, retained_energy
 from bankwise.upcycle.initialise import initialise_predictor, standardise_logits
 from bankwise.upcycle.permutation import bank_order, permute_channels
 from bankwise.upcycle.refine import refine_predictor
@@ -76,13 +76,12 @@ def _measure(layer: SparseSwiGLU, x_TD: Tensor, predictor: nn.Module | None) -> 
     """Retained energy of the bank oracle and, for a predictor, its recall and retained energy (`method.md` 4.3)."""
     cut = {"bank_size": layer.bank_size, "active_per_bank": layer.active_per_bank}
     energy_TF = channel_values(layer, x_TD)[2]
-    total_T = energy_TF.square().sum(dim=-1).clamp_min(1e-30)
     oracle_TF = bank_topk_mask(energy_TF, **cut)
-    result = {"retained_oracle": ((energy_TF * oracle_TF).square().sum(dim=-1) / total_T).mean().item()}
+    result = {"retained_oracle": retained_energy(energy_TF, oracle_TF).item()}
     if predictor is not None:
         mask_TF = bank_topk_mask(predictor(x_TD), **cut)
-        result["recall"] = ((mask_TF & oracle_TF).sum() / oracle_TF.sum()).item()
-        result["retained"] = ((energy_TF * mask_TF).square().sum(dim=-1) / total_T).mean().item()
+        result["recall"] = channel_recall(mask_TF, oracle_TF).item()
+        result["retained"] = retained_energy(energy_TF, mask_TF).item()
         # What a choice that ignores the token and the channel would keep.
         result["retained_random"] = layer.active_per_bank / layer.bank_size
     return result
