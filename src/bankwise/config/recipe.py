@@ -218,6 +218,9 @@ class EvalConfig:
     bf16: bool = False
     """bfloat16 autocast during evaluation."""
 
+    preset: Literal["", "ci", "smoke", "full"] = ""
+    """Evaluation that every model of the run goes through at the end, for the report; empty: none but the loss."""
+
     prompt: str = "Fellow citizens, the state of the Union"
     """Prompt that the dense and the sparse model continue at the end of a run; empty: none."""
 
@@ -259,6 +262,10 @@ class Recipe:
 
     companion: bool = True
     """Also train the dense model on the same tokens in the same order, as the baseline of every claim."""
+
+    narrow: bool = False
+    """Also train Dense-4x: the dense model cut to its strongest FFN channels, as many as the sparse model keeps, on the
+    same tokens with the same losses. (The paper does not define its Dense-4x in public; this is our reading.)"""
 
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Measurement."""

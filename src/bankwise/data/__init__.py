@@ -1,11 +1,12 @@
 """Text: where it comes from, how it is split, and how it becomes token windows."""
 
-from bankwise.data.held_out import held_out_windows
+from bankwise.data.held_out import document_windows, held_out_windows
 from bankwise.data.sources import Document, load_documents, load_split, source_name, split_documents
 from bankwise.data.windows import mixed_windows, token_windows
 
 __all__ = [
     "Document",
+    "document_windows",
     "held_out_windows",
     "load_documents",
     "load_split",

@@ -6,9 +6,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bankwise.config import DataSource
-from bankwise.data.sources import source_name
-from bankwise.data.windows import mixed_windows
-from bankwise.errors import ConfigError
+from bankwise.data.sources import load_split, source_name
+from bankwise.data.windows import document_starts, mixed_windows
+from bankwise.errors import ConfigError, DataError
 
 
 def held_out_windows(
@@ -21,6 +21,44 @@ def held_out_windows(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Windows [n, seq_len] of the held-out split of each source, `num_windows` in all, equally many of each."""
+    return {
+        name: mixed_windows(
+            [source],
+            tokenizer,
+            seq_len=seq_len,
+            num_windows=count,
+            split="held_out",
+            held_out_fraction=held_out_fraction,
+            seed=seed,
+        )
+        for name, source, count in _shared_out(sources, num_windows)
+    }
+
+
+def document_windows(
+    sources: Sequence[DataSource],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    num_windows: int,
+    held_out_fraction: float,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Windows [n, seq_len] by source, each the start of one held-out document of at least `seq_len` tokens."""
+    windows = {}
+    for name, source, count in _shared_out(sources, num_windows):
+        _, documents = load_split(source, held_out_fraction)
+        windows[name] = document_starts(documents, tokenizer, seq_len=seq_len, max_windows=count, seed=seed)
+        if len(windows[name]) < count:
+            raise DataError(
+                f"{source.path} has only {len(windows[name])} held-out documents of at least {seq_len} tokens, but "
+                f"{count} are asked for; ask for fewer windows, shorten seq_len or raise held_out_fraction"
+            )
+    return windows
+
+
+def _shared_out(sources: Sequence[DataSource], num_windows: int) -> list[tuple[str, DataSource, int]]:
+    """Name, source and number of windows of each source."""
     names = [source_name(source) for source in sources]
     if len(set(names)) < len(names):
         raise ConfigError(f"two data sources have the same name: {names}; results are reported by name, rename one")
@@ -29,15 +67,7 @@ def held_out_windows(
             f"{num_windows} held-out windows cannot cover {len(sources)} sources; ask for at least one each"
         )
     rest = num_windows % len(sources)
-    return {
-        name: mixed_windows(
-            [source],
-            tokenizer,
-            seq_len=seq_len,
-            num_windows=num_windows // len(sources) + (position < rest),
-            split="held_out",
-            held_out_fraction=held_out_fraction,
-            seed=seed,
-        )
+    return [
+        (name, source, num_windows // len(sources) + (position < rest))
         for position, (name, source) in enumerate(zip(names, sources, strict=True))
-    }
+    ]

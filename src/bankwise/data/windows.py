@@ -74,6 +74,22 @@ def token_windows(
     return tokens[: num_windows * seq_len].view(num_windows, seq_len)[shuffled]  # type: ignore[return-value]
 
 
+def document_starts(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, seq_len: int, max_windows: int, seed: int = 0
+) -> torch.LongTensor:
+    """Windows [n, seq_len], n <= max_windows: the first tokens of documents that are that long, in a seeded order."""
+    order = list(documents)
+    random.Random(seed).shuffle(order)
+    starts: list[Tensor] = []
+    for document in order:
+        if len(starts) == max_windows:
+            break
+        ids, _ = _encode_start(document.text, seq_len, tokenizer)
+        if len(ids) == seq_len:
+            starts.append(ids)
+    return torch.stack(starts) if starts else torch.empty(0, seq_len, dtype=torch.long)  # type: ignore[return-value]
+
+
 def mixed_windows(
     sources: Sequence[DataSource],
     tokenizer: PreTrainedTokenizerBase,

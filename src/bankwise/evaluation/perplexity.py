@@ -1,12 +1,12 @@
-"""Held-out loss and perplexity on fixed token windows, the same ones for every model.
+"""Held-out loss on fixed token windows, the same ones for every model, and its distance from the dense model's.
 
-Shapes: W windows, S tokens of a window.
+Shapes: W windows, S tokens of a window, T = S - 1 predicted tokens, D hidden, V vocabulary, C tokens of one chunk.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from bankwise.errors import ConfigError
 from bankwise.ffn import SparseSwiGLU, sparse_layers
-from bankwise.models.lm_loss import chunked_lm_loss
+
+_LOGIT_ROWS = 256  # tokens whose logits exist at one time
 
 
 @dataclass
@@ -34,17 +35,67 @@ class LossResult:
         return asdict(self)
 
 
+class TokenLosses(NamedTuple):
+    """What one window's predicted tokens cost, float64 on the CPU."""
+
+    nll_T: Tensor
+    """Negative log likelihood, nats."""
+
+    kl_T: Tensor | None
+    """KL(reference || model), nats; None without a reference."""
+
+    agrees_T: Tensor | None
+    """bool: model and reference have the same most likely token."""
+
+
+class Reference(NamedTuple):
+    """A model's predictions on the windows, as its last hidden states and its head: small, where logits are not."""
+
+    hidden: dict[str, list[Tensor]]
+    """By source, one [S, D] per window, on the CPU."""
+
+    head_VD: Tensor
+
+
 @torch.no_grad()
-def window_losses(
+def token_losses(
+    hidden_SD: Tensor, head_VD: Tensor, tokens_S: Tensor, reference: tuple[Tensor, Tensor] | None = None
+) -> TokenLosses:
+    """Losses of tokens 2..S of a window from the hidden states of a forward pass, a chunk of logits at a time.
+
+    `reference`: hidden states [S, D'] and head [V, D'] of the model to compare with. Products run in the autocast
+    dtype where autocast is on, like the model's own head.
+    """
+    device = hidden_SD.device
+    nll, kl, agrees = [], [], []
+    for start in range(0, tokens_S.numel() - 1, _LOGIT_ROWS):
+        part = slice(start, min(start + _LOGIT_ROWS, tokens_S.numel() - 1))
+        log_p_CV = torch.log_softmax(torch.nn.functional.linear(hidden_SD[part], head_VD).float(), dim=-1)
+        target_C1 = tokens_S[part.start + 1 : part.stop + 1, None].to(device)
+        nll.append(-log_p_CV.gather(-1, target_C1).squeeze(-1))
+        if reference is not None:
+            other_SD, other_head_VD = reference
+            states_CD = other_SD[part].to(device, other_head_VD.dtype)
+            log_q_CV = torch.log_softmax(torch.nn.functional.linear(states_CD, other_head_VD).float(), dim=-1)
+            agrees.append(log_p_CV.argmax(dim=-1) == log_q_CV.argmax(dim=-1))
+            kl.append(torch.linalg.vecdot(log_q_CV.exp(), log_q_CV.sub_(log_p_CV)))
+    return TokenLosses(
+        torch.cat(nll).double().cpu(),
+        torch.cat(kl).double().cpu() if kl else None,
+        torch.cat(agrees).cpu() if agrees else None,
+    )
+
+
+@torch.no_grad()
+def window_states(
     model: PreTrainedModel, windows_WS: Tensor, *, batch_size: int = 4, bf16: bool = False, progress: str | None = None
-) -> Tensor:
-    """losses_W (float64): mean negative log likelihood of tokens 2..S of each window, in nats."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens [S] and last hidden states [S, D] of each window, in evaluation mode."""
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and windows_WS.shape[1] > context:
         raise ConfigError(f"windows of {windows_WS.shape[1]} tokens are longer than the model's context of {context}")
     was_training = model.training
     model.eval()
-    losses = []
     try:
         for batch_WS in tqdm(
             windows_WS.split(batch_size), desc=progress, unit="batch", disable=progress is None, leave=False
@@ -52,13 +103,21 @@ def window_losses(
             batch_WS = batch_WS.to(model.device)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 hidden_WSD = model.model(batch_WS, use_cache=False).last_hidden_state
-                losses += [
-                    chunked_lm_loss(hidden_SD[:-1], model.lm_head.weight, tokens_S[1:], chunk_size=256).cross_entropy
-                    for hidden_SD, tokens_S in zip(hidden_WSD, batch_WS, strict=True)
-                ]
+            yield from zip(batch_WS, hidden_WSD, strict=True)
     finally:
         model.train(was_training)
-    return torch.stack(losses).double().cpu() / (windows_WS.shape[1] - 1)
+
+
+@torch.no_grad()
+def window_losses(
+    model: PreTrainedModel, windows_WS: Tensor, *, batch_size: int = 4, bf16: bool = False, progress: str | None = None
+) -> Tensor:
+    """losses_W (float64): mean negative log likelihood of tokens 2..S of each window, in nats."""
+    losses = []
+    for tokens_S, hidden_SD in window_states(model, windows_WS, batch_size=batch_size, bf16=bf16, progress=progress):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            losses.append(token_losses(hidden_SD, model.lm_head.weight, tokens_S).nll_T.mean())
+    return torch.stack(losses)
 
 
 def perplexity(

@@ -36,7 +36,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from bankwise.cache import cache_folder
 from bankwise.errors import ConfigError, ModelLoadError
+from bankwise.models.checkpoint import is_sparse_checkpoint, load_checkpoint
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -68,19 +70,64 @@ def load_dense(source: str | Path, *, dtype: torch.dtype = torch.float32, tokeni
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype} is not supported for loading; use one of {', '.join(DTYPES.values())}")
+    place = _locate(source, dtype)
+    try:
+        loaded = _load_directory(place.folder, dtype, tokenizer, name=place.name)
+    except ModelLoadError as error:
+        if place.gguf is None:
+            raise
+        raise ModelLoadError(f"{error} (converted from {place.gguf}; delete that folder to convert it again)") from error
+    return loaded if place.digest is None else loaded._replace(revision=place.digest)
+
+
+def load_model(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a sparse checkpoint, or of a dense model as `load_dense` takes it."""
+    if is_sparse_checkpoint(Path(source)):
+        return load_checkpoint(source)
+    dense = load_dense(source)
+    assert dense.tokenizer is not None
+    return dense.model, dense.tokenizer
+
+
+def describe_model(source: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Config and tokenizer of a model, sparse or dense, without reading its weights."""
+    if is_sparse_checkpoint(Path(source)):
+        folder = Path(source)
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ModelLoadError(f"{folder} cannot be read: {_one_line(error)}") from error
+    else:
+        folder = _locate(source, torch.float32).folder
+        config = _checked_config(folder)
+    return config, _load_tokenizer(folder, config)
+
+
+class _Place(NamedTuple):
+    folder: Path
+    """Hugging Face directory."""
+    name: str
+    gguf: Path | None = None
+    """The file that the directory was converted from."""
+    digest: str | None = None
+    """sha256 of that file."""
+
+
+def _locate(source: str | Path, dtype: torch.dtype) -> _Place:
+    """The local directory of a dense model: fetched or converted where that is needed."""
     if str(source).startswith("package:"):
-        return _load_gguf(_packaged_gguf(str(source)), dtype, tokenizer)
+        return _converted_gguf(_packaged_gguf(str(source)), dtype)
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelLoadError(f"{path} is a file but not a .gguf; give the folder that holds config.json instead")
-        return _load_gguf(path, dtype, tokenizer)
+        return _converted_gguf(path, dtype)
     if path.is_dir():
         if (path / "config.json").is_file():
-            return _load_directory(path, dtype, tokenizer, name=path.resolve().name)
-        return _load_gguf(_only_gguf_in(path), dtype, tokenizer)
+            return _Place(path, path.resolve().name)
+        return _converted_gguf(_only_gguf_in(path), dtype)
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
-        return _load_directory(_download(source), dtype, tokenizer, name=source)
+        return _Place(_download(source), source)
     raise ModelLoadError(
         f"{source} does not exist; give a Hugging Face directory, a hub id (org/name), a .gguf file or "
         f"{', '.join(PACKAGE_MODELS)}"
@@ -258,19 +305,14 @@ def _why_hub_is_unreachable() -> str:
     return ""
 
 
-def _load_gguf(path: Path, dtype: torch.dtype, with_tokenizer: bool) -> LoadedDense:
+def _converted_gguf(path: Path, dtype: torch.dtype) -> _Place:
     if importlib.util.find_spec("gguf") is None:
         raise ModelLoadError(f'reading {path} needs the package gguf: pip install "bankwise[gguf]"')
     digest = _sha256(path)
-    cache = Path(os.environ.get("BANKWISE_CACHE") or Path.home() / ".cache" / "bankwise").expanduser()
-    converted = cache / "gguf" / f"{digest}-{DTYPES[dtype]}"
+    converted = cache_folder("gguf") / f"{digest}-{DTYPES[dtype]}"
     if not converted.is_dir():
         _convert_gguf(path, converted, dtype)
-    try:
-        loaded = _load_directory(converted, dtype, with_tokenizer, name=path.stem)
-    except ModelLoadError as error:
-        raise ModelLoadError(f"{error} (converted from {path}; delete that folder to convert it again)") from error
-    return loaded._replace(revision=digest)
+    return _Place(converted, path.stem, path, digest)
 
 
 def _convert_gguf(path: Path, target: Path, dtype: torch.dtype) -> None:
