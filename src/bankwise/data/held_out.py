@@ -45,7 +45,7 @@ def document_windows(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Windows [n, seq_len] by source, each the start of one held-out document of at least `seq_len` tokens."""
-    windows = {}
+    windows: dict[str, Tensor] = {}
     for name, source, count in _shared_out(sources, num_windows):
         _, documents = load_split(source, held_out_fraction)
         windows[name] = document_starts(documents, tokenizer, seq_len=seq_len, max_windows=count, seed=seed)

@@ -1,6 +1,7 @@
-"""The report of a finished run: the same tables for the terminal, `report.md` and one self-contained `report.html`."""
+"""The report of a finished run or evaluation: one self-contained `report.html`, the same as Markdown and CSV."""
 
 from bankwise.report.html import write_report
-from bankwise.report.tables import summary_table
+from bankwise.report.overview_tables import evaluation_table
+from bankwise.report.run_tables import summary_table
 
-__all__ = ["summary_table", "write_report"]
+__all__ = ["evaluation_table", "summary_table", "write_report"]

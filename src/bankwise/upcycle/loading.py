@@ -76,7 +76,8 @@ def load_dense(source: str | Path, *, dtype: torch.dtype = torch.float32, tokeni
     except ModelLoadError as error:
         if place.gguf is None:
             raise
-        raise ModelLoadError(f"{error} (converted from {place.gguf}; delete that folder to convert it again)") from error
+        hint = f"(converted from {place.gguf}; delete that folder to convert it again)"
+        raise ModelLoadError(f"{error} {hint}") from error
     return loaded if place.digest is None else loaded._replace(revision=place.digest)
 
 

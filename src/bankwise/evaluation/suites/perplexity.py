@@ -1,4 +1,4 @@
-"""Suite `perplexity`: loss, perplexity and bits per byte by source and by position, and the distance to the dense model.
+"""Suite `perplexity`: loss, perplexity, bits per byte by source and by position, and the distance to the dense model.
 
 Shapes: W windows, S tokens of a window, T = S - 1 predicted tokens, D hidden, V vocabulary.
 """

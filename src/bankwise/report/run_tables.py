@@ -1,68 +1,27 @@
-"""The tables of a report and their sentences, each built once and printed as text, Markdown or HTML.
-
-A column or value that was not run says so ("not run"); a value that cannot exist says "n/a". No cell is empty.
-"""
+"""The tables and sentences of a training run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bankwise.report.folder import MODELS, RunFolder, check_summary, is_number
+from bankwise.report.formats import (
+    NOT_APPLICABLE,
+    NOT_RUN,
+    count,
+    delta,
+    flatten,
+    fraction,
+    nats,
+    percent,
+    perplexity,
+    plain,
+)
+from bankwise.report.table import Table
 
-NOT_RUN = "not run"
-NOT_APPLICABLE = "n/a"
 Column = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Header, rows of text (first cell: the row's name), and a note on how to read them."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    note: str = ""
-    numeric: bool = True
-    """Whether the cells after the first are numbers, set flush right."""
-
-    def text(self) -> str:
-        """Aligned columns for a terminal."""
-        lines = [self.header, *self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
-        rule = tuple("-" * width for width in widths)
-        align = str.rjust if self.numeric else str.ljust
-        return "\n".join(
-            "  ".join([line[0].ljust(widths[0]), *map(align, line[1:], widths[1:])]).rstrip()
-            for line in [self.header, rule, *self.rows]
-        )
-
-    def markdown(self) -> str:
-        """A GitHub-flavoured Markdown table, with its note below."""
-        rule = ("---", *["---:" if self.numeric else "---"] * (len(self.header) - 1))
-        cells = [[_markdown_cell(cell) for cell in line] for line in (self.header, *self.rows)]
-        lines = ["| " + " | ".join(line) + " |" for line in (cells[0], list(rule), *cells[1:])]
-        return "\n".join([*lines, *(["", escape(self.note, quote=False)] if self.note else [])])
-
-    def html(self) -> str:
-        """A `<table>` in a box that scrolls by itself, with its note below."""
-        head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in self.header)
-        rows = "\n".join(
-            f'<tr><th scope="row">{escape(line[0])}</th>'
-            + "".join(f"<td{muted(cell)}>{escape(cell)}</td>" for cell in line[1:])
-            + "</tr>"
-            for line in self.rows
-        )
-        note = f'\n<p class="note">{escape(self.note)}</p>' if self.note else ""
-        kind = "numbers" if self.numeric else "words"
-        return (
-            f'<div class="scroll" role="region" aria-label="{escape(self.title)}" tabindex="0">'
-            f'<table class="{kind}"><caption>{escape(self.title)}</caption>\n'
-            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>{note}"
-        )
 
 
 def summary_table(summary: dict[str, Any]) -> str:
@@ -194,60 +153,5 @@ def closed_sentence(summary: Column) -> str:
     return f"Distance from untrained to companion closed by training: {percent(summary['closed'])}."
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """`{"versions": {"torch": "2.13"}}` -> `{"versions.torch": "2.13"}`; lists become comma-separated text."""
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = plain(value)
-    return flat
-
-
-def plain(value: Any) -> str:
-    """One scalar as text: integers in full, floats to six digits, nothing as "n/a"."""
-    if value is None or value == "" or value == []:
-        return NOT_APPLICABLE
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(plain(part) for part in value)
-    return str(value)
-
-
-def nats(value: float) -> str:
-    return f"{value:.4f}"
-
-
-def delta(value: float) -> str:
-    return f"{value:+.4f}"
-
-
-def fraction(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}".removesuffix(".0") + " %"
-
-
-def perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"
-
-
-def count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
 def _ratio(over: float, under: float) -> float:
     return over / under if under else math.nan
-
-
-def muted(cell: str) -> str:
-    """The class attribute of a cell without a value."""
-    return ' class="muted"' if cell in (NOT_RUN, NOT_APPLICABLE) else ""
-
-
-def _markdown_cell(cell: str) -> str:
-    return escape(cell, quote=False).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,62 @@
+"""Which channels each training-free baseline reads: pure functions of one token's activations.
+
+No token's mask depends on another token, so padding, batches and caches change nothing.
+
+Shapes: T any leading dimensions (tokens), D hidden, F FFN channels, A the width of any activation.
+"""
+
+import torch.nn.functional as functional
+from torch import Tensor
+
+from bankwise.ffn import bank_topk_mask, channel_energy
+from bankwise.ffn.bank import to_routing_dtype
+
+_SCORE_BITS = 24  # what a float32 holds exactly
+
+
+def cats_mask(gate_TF: Tensor, *, threshold: float) -> Tensor:
+    """bool [T, F]: |silu(gate)| is at least the layer's threshold (CATS, arXiv 2404.08763)."""
+    return keep_large(functional.silu(gate_TF), threshold=threshold)
+
+
+def keep_large(values_TA: Tensor, *, threshold: float) -> Tensor:
+    """bool [T, A]: the magnitude is at least `threshold`, compared in float32."""
+    return to_routing_dtype(values_TA).abs() >= threshold
+
+
+def oracle_bank_mask(h_TF: Tensor, down_DF: Tensor, *, bank_size: int, active_per_bank: int) -> Tensor:
+    """bool [T, F]: the channels of each bank that add most to the output; needs the dense activation h."""
+    return bank_topk_mask(channel_energy(h_TF, down_DF), bank_size=bank_size, active_per_bank=active_per_bank)
+
+
+def oracle_global_mask(h_TF: Tensor, down_DF: Tensor, *, kept: int) -> Tensor:
+    """bool [T, F]: the `kept` channels of the whole layer that add most to the output."""
+    return oracle_bank_mask(h_TF, down_DF, bank_size=h_TF.shape[-1], active_per_bank=kept)
+
+
+def random_token_mask(key_T: Tensor, channel_F: Tensor, *, bank_size: int, active_per_bank: int) -> Tensor:
+    """bool [T, F]: random channels of each bank, drawn afresh for each token key; both arguments are int64."""
+    return bank_topk_mask(hash_scores(key_T, channel_F), bank_size=bank_size, active_per_bank=active_per_bank)
+
+
+def hash_scores(key_T: Tensor, channel_F: Tensor) -> Tensor:
+    """float32 [T, F], uniform in [0, 1): a hash of each pair of token key and channel key."""
+    bits_TF = _mixed(key_T[..., None] ^ channel_F)
+    return _shifted(bits_TF, 64 - _SCORE_BITS).float() / 2**_SCORE_BITS
+
+
+def token_keys(ids_T: Tensor, position_T: Tensor) -> Tensor:
+    """int64 [T]: one number for each token id and place in its text."""
+    return _mixed(ids_T.long() ^ (position_T.long() << 32))
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """The finaliser of SplitMix64: every bit of the result depends on every bit of the value."""
+    values = (values ^ _shifted(values, 30)) * -0x40A7B892E31B1A47
+    values = (values ^ _shifted(values, 27)) * -0x6B2FB644ECCEEE15
+    return values ^ _shifted(values, 31)
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right: torch's own keeps the sign."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,37 @@
+"""Where numbers come from: revision, versions, device."""
+
+import platform
+import resource
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from bankwise import __version__
+
+
+def environment(seconds: float) -> dict[str, Any]:
+    """Revision, device, versions, wall time and peak memory of this process, for a report's last section."""
+    return {
+        "git_revision": _git_revision(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "bankwise": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "seconds": round(seconds, 1),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+
+
+def _git_revision() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
