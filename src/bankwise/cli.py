@@ -17,7 +17,7 @@ from bankwise.config.recipe_file import recipe_help
 from bankwise.errors import BankwiseError, ConfigError
 from bankwise.evaluation.baselines import BASELINES
 from bankwise.evaluation.comparison import COLUMNS
-from bankwise.evaluation.evaluate import evaluate_models
+from bankwise.evaluation.evaluator import evaluate_models
 from bankwise.upcycle import load_model
 
 Command = Callable[[argparse.Namespace], int]

@@ -7,7 +7,7 @@ from typing import Any
 
 from bankwise.config import EvaluationPlan, Recipe, load_recipe
 from bankwise.errors import ConfigError
-from bankwise.evaluation.evaluate import evaluate_models
+from bankwise.evaluation.evaluator import evaluate_models
 from bankwise.files import write_json
 from bankwise.report import write_report
 

@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from bankwise.config import Recipe, dump_recipe, load_plan, load_recipe
 from bankwise.data import held_out_windows, mixed_windows
 from bankwise.errors import ConfigError
-from bankwise.evaluation.evaluate import check_models
+from bankwise.evaluation.evaluator import check_models
 from bankwise.evaluation.perplexity import active_fraction, perplexity
 from bankwise.evaluation_report import plan_values, report_models, run_models
 from bankwise.ffn.allocator import keep_freed_memory

@@ -54,6 +54,8 @@ def test_a_file_may_start_from_a_preset(tmp_path):
         (None, ["ruler.samples=0"], "ruler.samples=0 must be at least 1"),
         (None, ["ruler.lengths=[0]"], "ruler.lengths holds 0"),
         (None, ["cwe.samples=0"], "cwe.samples=0"),
+        (None, ["cwe.seed=-1"], "cwe.seed=-1 is outside"),
+        (None, ["ruler.seed=4294967296"], "ruler.seed=4294967296 is outside"),
         (None, ["routing.windows=0"], "routing.windows=0"),
         (None, ["benchmarks.limit=-1"], "benchmarks.limit=-1 is negative"),
         (None, ["perplexity.windows=0"], "perplexity needs windows >= 1"),

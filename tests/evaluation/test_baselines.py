@@ -124,6 +124,30 @@ def test_thresholds_keep_the_fraction_in_every_layer_of_the_running_model(fracti
             assert mask.float().mean().item() == pytest.approx(fraction, abs=0.01)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_a_layer_is_calibrated_behind_layers_that_are_thresholded_already(name, tiny_dense, windows):
+    dense = tiny_dense(scale=0.2, mlp_bias=True)
+    first, second = (block.mlp for block in dense.model.layers)
+    first.gate_proj.bias.fill_(2.0)
+    outputs = []
+    hook = first.register_forward_hook(lambda _, values, output: outputs.append(output))
+    logits(dense, windows)
+    hook.remove()
+    # The second gate sees how much of the mean output of the first layer is left, which is less without the dropped.
+    direction_D = outputs[0].flatten(0, 1).mean(dim=0)
+    second.gate_proj.weight += 2 * direction_D / direction_D.norm()
+    reading = []
+    with applied(dense, name, windows):
+        dense.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, values: reading.append(values[0] != 0))
+        logits(dense, windows)
+        dense.model.layers[0].mlp = first
+        logits(dense, windows)
+    behind_sparse, behind_dense = (mask.float().mean().item() for mask in reading)
+    assert behind_sparse == pytest.approx(0.25, abs=0.01)
+    assert abs(behind_dense - 0.25) > 0.03
+
+
 @pytest.mark.parametrize("fraction", [0.01, 0.25, 0.9, 1.0])
 def test_histogram_cut_is_the_quantile(fraction):
     values = torch.randn(7, 1001, generator=torch.Generator().manual_seed(0)) * 10 ** torch.linspace(-4, 4, 7)[:, None]

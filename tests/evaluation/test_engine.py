@@ -158,6 +158,15 @@ def test_a_cache_gives_back_readings_without_the_model(tiny_dense, tokenizer, tm
     assert again.read(PROMPTS[:2]) == first
 
 
+def test_a_cache_without_a_folder_keeps_readings_in_memory(tiny_dense, tokenizer):
+    cache = ReadingCache(None, "f")
+    cache.put({"a": {"x": 1}})
+    assert cache.get("a") == {"x": 1}
+    engine = Engine(tiny_dense(scale=0.2), tokenizer, cache=cache)
+    assert engine.read(PROMPTS[:2]) == engine.read(PROMPTS[:2])
+    assert ReadingCache(None, "f").get("a") is None
+
+
 def test_an_interrupted_reading_goes_on_where_it_stopped(tiny_dense, tokenizer, tmp_path, monkeypatch):
     dense = tiny_dense(scale=0.2)
     whole = Engine(dense, tokenizer).read(PROMPTS)

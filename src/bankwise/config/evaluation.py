@@ -110,6 +110,7 @@ class RulerPlan:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ConfigError(f"ruler.samples={self.samples} must be at least 1")
+        _check_seed("ruler", self.seed)
         for length in self.lengths:
             if length < 1:
                 raise ConfigError(f"ruler.lengths holds {length}; window sizes are positive token counts")
@@ -120,7 +121,7 @@ class CwePlan:
     """Common words in depth: what the answer costs the model (NLL, AUC), without generation."""
 
     lengths: list[int] = field(default_factory=lambda: [1024])
-    """Window sizes of the official task, in tokens."""
+    """Window sizes of the official task, in tokens; its template and data folder are those of `ruler`."""
 
     lite: list[str] = field(default_factory=list)
     """CWE-lite presets, with generation: lite-20-3, lite-40-3, lite-52-10, lite-200-10. Not RULER-compatible."""
@@ -137,6 +138,7 @@ class CwePlan:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ConfigError(f"cwe.samples={self.samples} must be at least 1")
+        _check_seed("cwe", self.seed)
 
 
 @dataclass(kw_only=True)
@@ -190,3 +192,8 @@ class EvaluationPlan:
             raise ConfigError(f"unknown suites {unknown}; choose from {', '.join(SUITES)}")
         if self.batch_tokens < 1:
             raise ConfigError(f"batch_tokens={self.batch_tokens} must be positive")
+
+
+def _check_seed(suite: str, seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"{suite}.seed={seed} is outside 0..2**32-1, which is what the generator takes")

@@ -1,7 +1,7 @@
 """Measurement of dense and sparse models: suites of measures, baselines, and one report of all columns."""
 
 from bankwise.evaluation import cwe, ruler
-from bankwise.evaluation.evaluate import evaluate, evaluate_models
+from bankwise.evaluation.evaluator import evaluate, evaluate_models
 from bankwise.evaluation.measures import Measure
 from bankwise.evaluation.perplexity import LossResult, active_fraction, perplexity, window_losses
 

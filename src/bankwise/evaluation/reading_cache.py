@@ -40,27 +40,33 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class ReadingCache:
-    """Readings of one model, in `folder/<first 16 digits of its fingerprint>.jsonl`."""
+    """Readings of one model, in `folder/<first 16 digits of its fingerprint>.jsonl`; in memory where there is none."""
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path | None, fingerprint: str) -> None:
         self.fingerprint = fingerprint
-        self.path = Path(folder) / f"{fingerprint[:16]}.jsonl"
+        self.path = None if folder is None else Path(folder) / f"{fingerprint[:16]}.jsonl"
         self._readings: dict[str, dict[str, Any]] = {}
+        if self.path is not None:
+            self._load(self.path)
+
+    def _load(self, path: Path) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_bytes().split(b"\n") if path.exists() else []
         except OSError as error:
-            raise ConfigError(f"the cache folder {folder} cannot be used ({error.strerror}); choose another") from error
+            raise ConfigError(
+                f"the cache folder {path.parent} cannot be used ({error.strerror}); choose another"
+            ) from error
         complete, torn = lines[:-1], lines[-1] if lines else b""
         for number, line in enumerate(complete, start=1):
             try:
                 row = json.loads(line)
                 self._readings[row["key"]] = row["reading"]
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-                raise DataError(f"{self.path}, line {number} is damaged; delete that file to read again") from error
+                raise DataError(f"{path}, line {number} is damaged; delete that file to read again") from error
         if torn:
             # A process that was killed while it wrote leaves half a line; what stands before it is whole.
-            with self.path.open("rb+") as file:
+            with path.open("rb+") as file:
                 file.truncate(sum(len(line) + 1 for line in complete))
 
     @staticmethod
@@ -72,8 +78,10 @@ class ReadingCache:
         return self._readings.get(key)
 
     def put(self, rows: dict[str, dict[str, Any]]) -> None:
-        """Append readings; they are on disk when this returns."""
+        """Append readings; with a folder, they are on disk when this returns."""
         self._readings.update(rows)
+        if self.path is None:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"key": key, "reading": reading}) + "\n" for key, reading in rows.items())
             file.flush()

@@ -27,6 +27,9 @@ COLUMNS = {
 }
 """Names of the six columns, in the order of every table, and their labels."""
 
+DENSE = ("dense", "companion", "narrow")
+"""Columns whose models use all their channels, so that there is no routing to measure."""
+
 SECTIONS = ("perplexity", "benchmarks", "ruler", "cwe", "routing")
 """Sections that a measure may belong to."""
 
@@ -120,13 +123,17 @@ class Evaluation:
     details: Mapping[str, Details]
     scan: Scan | None
     reference: str
-    """Name of the column that differences and recoveries are taken against."""
+    """Name of the column that differences and recoveries are taken against; it may not have been run."""
     provenance: Mapping[str, Any]
 
     @property
     def baselines(self) -> list[Column]:
         """The columns beside the fixed six, in the file's order."""
         return [column for name, column in self.columns.items() if name not in COLUMNS]
+
+    @property
+    def has_reference(self) -> bool:
+        return self.reference in self.columns
 
     def label(self, name: str) -> str:
         return COLUMNS.get(name) or self.columns[name].label
@@ -138,6 +145,13 @@ class Evaluation:
 
     def section(self, *names: str) -> list[Row]:
         return [row for row in self.rows if row.section in names]
+
+    def can_measure(self, row: Row, column: str) -> bool:
+        """Whether the model of a column could have the measure: no agreement of a model with itself, no routing of a
+        model that has none."""
+        if row.section == "routing":
+            return column in COLUMNS and column not in DENSE
+        return not (row.is_agreement and column == "dense")
 
     def is_at_chance(self, row: Row) -> bool:
         """Whether the dense model does not beat a random answer by more than two standard errors.
@@ -172,8 +186,8 @@ def check_evaluation(value: Any, source: str) -> Evaluation:
         if key in seen:
             raise DataError(f"{source}: measures[{i}] repeats {key}; each measure may stand in the file once")
         seen.add(key)
-    if root["reference"].text() not in columns:
-        raise root["reference"].error(f"the name of a column ({', '.join(columns)})")
+    if root["reference"].text() not in {*COLUMNS, *columns}:
+        raise root["reference"].error(f"the name of a column ({', '.join(COLUMNS)})")
     if not isinstance(root["provenance"].value, dict) or not root["provenance"].value:
         raise DataError(
             f"{source} has no provenance (command, revision, models, versions, seeds); no report is written, because "

@@ -135,8 +135,10 @@ def read_details(node: Node) -> Details:
         weighted=_flat_numbers(ruler["weighted"]),
         answers={name: _answer_classes(item) for name, item in cwe["answers"].fields()},
         speed=_numbers(node["speed"]),
-        origins={"ruler": ruler["generator"].value or {}}
-        | {name: benchmarks[name].value for name in _ORIGINS if not benchmarks[name].is_null},
+        origins={
+            **({} if ruler["generator"].is_null else {"ruler": ruler["generator"].value}),
+            **({} if benchmarks["source"].is_null else {"benchmarks": benchmarks.fields_of(*_ORIGINS)}),
+        },
     )
 
 

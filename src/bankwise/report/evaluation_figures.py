@@ -61,8 +61,8 @@ def _ruler_figure(evaluation: Evaluation, variant: str, rows: Sequence[Row]) -> 
     drawn = {panel.name for panel in panels}
     caption = (
         "Official score in % by task (down) and window length in tokens (across); one map per model, on one scale. "
-        "Read along a row: colour that fades to the right is a task that the model loses with length. Compare the same "
-        "cell of two maps for the price of sparsity."
+        "Read along a row: numbers that fall to the right are a task that the model loses with length. Compare the "
+        "same cell of two maps for the price of sparsity."
     )
     return heat_maps(
         f"RULER by task and length{f', permutation {variant}' if variant else ''}",
@@ -134,7 +134,7 @@ def answers_figure(evaluation: Evaluation) -> str:
         for name, answers in found.items()
     ]
     caption = (
-        "What the items of the answers are, by window length and permutation: a model that counts well is strong in "
+        "What the items of the answers are, by window length and permutation: a model that counts well is high in "
         "the first column; rare words are a lost count, the example's words a copied answer, off-list words a guess."
     )
     return heat_maps(
@@ -197,8 +197,8 @@ def scan_figure(evaluation: Evaluation) -> str:
         return ""
     reach = max((abs(value) for row in scan.values for value in row if value is not None), default=0.0) or 1.0
     caption = (
-        f"Change of {scan.metric} when one layer (down) is changed, by window length in tokens (across). Pale cells: "
-        "the layer does not matter; a row of one strong colour is the layer to repair."
+        f"Change of {scan.metric} when one layer (down) is changed, by window length in tokens (across). Cells near "
+        "the middle of the scale: the layer does not matter. A row of one strong colour is the layer to repair."
     )
     return heat_maps(
         f"Layer scan: {scan.metric}",

@@ -29,7 +29,9 @@ def evaluation_opening(evaluation: Evaluation) -> list[Part]:
     absent = [label for name, label in COLUMNS.items() if name not in evaluation.columns]
     run = [label for name, label in COLUMNS.items() if name in evaluation.columns]
     compared = f"Evaluated: {', '.join(run)}." + (f" {NOT_RUN.capitalize()}: {', '.join(absent)}." if absent else "")
-    if evaluation.reference != "companion":
+    if not evaluation.has_reference:
+        compared += " Neither the dense companion nor the dense model was run: no differences and no recoveries."
+    elif evaluation.reference != "companion":
         compared += (
             f" Differences are against {evaluation.label(evaluation.reference)}, because the dense companion was not "
             "run: they mix the price of sparsity with what further training does by itself."
@@ -66,7 +68,7 @@ def evaluation_provenance(evaluation: Evaluation) -> list[Part]:
     return [
         Shown(overview_tables.models_table(evaluation)),
         Shown(_what_and_value("Evaluation", scalars)),
-        Shown(_what_and_value("Prompts: generator, files, shots", origins), is_folded=True),
+        *([Shown(_what_and_value("Prompts: generator, files, shots", origins), is_folded=True)] if origins else []),
         *(Code(f"Evaluation: {name}", text, "yaml") for name, text in files.items()),
     ]
 
@@ -113,45 +115,62 @@ def _language_modelling(evaluation: Evaluation) -> list[Part]:
 
 def _benchmarks(evaluation: Evaluation) -> list[Part]:
     rows = evaluation.section("benchmarks")
+    if not rows:
+        return [Paragraph(f"Benchmarks: {NOT_RUN}.")]
     headline = [row for row in rows if row.is_headline]
     by_group = [row for name in dict.fromkeys(row.group for row in headline) for row in headline if row.group == name]
-    figure = evaluation_figures.recovery_figure(evaluation) if rows else ""
     return [
         Shown(evaluation_tables.group_means_table(evaluation)),
-        Figures([figure]),
+        Figures([evaluation_figures.recovery_figure(evaluation)]),
         Shown(measures_table(evaluation, "Headline metric of each task", by_group)),
         Shown(measures_table(evaluation, "All metrics", rows, is_full=True), is_folded=True),
     ]
 
 
 def _long_context(evaluation: Evaluation) -> list[Part]:
-    rows = evaluation.section("ruler", "cwe")
-    ruler = [row for row in rows if row.section == "ruler" and not row.is_substitute]
-    cwe = [row for row in rows if row.section == "cwe" and not row.is_substitute]
-    substitutes = [row for row in rows if row.is_substitute]
+    substitutes = [row for row in evaluation.rows if row.is_substitute]
     means = long_context_tables.ruler_means_table(evaluation, is_compatible=False)
-    official_note = (
-        "Official score: share of the references that occur anywhere in the answer, letters' case ignored, in %. Rows "
-        "of one length and permutation are the same for every model."
-    )
-    substitutes_note = (
+    note = (
         f"These tasks are {SUBSTITUTE}: they use other texts or sizes than NVIDIA's and their scores must not be set "
         "beside published ones. They enter no mean above."
     )
-    by_task = measures_table(
-        evaluation, "RULER by task and length", [row for row in ruler if row.is_headline], official_note
+    return [
+        *_ruler(evaluation),
+        *_cwe(evaluation),
+        *([Shown(means)] if means.rows else []),
+        Shown(measures_table(evaluation, f"Substitutes, {SUBSTITUTE}", substitutes, note)),
+    ]
+
+
+def _ruler(evaluation: Evaluation) -> list[Part]:
+    rows = [row for row in evaluation.section("ruler") if not row.is_substitute]
+    if not rows:
+        return [Paragraph(f"RULER: {NOT_RUN}.")]
+    note = (
+        "Score: share of the references that occur anywhere in the answer, letters' case ignored, in %, as NVIDIA "
+        "counts. Rows of one length and permutation are the same for every model."
     )
+    by_task = measures_table(evaluation, "RULER by task and length", [row for row in rows if row.is_headline], note)
     return [
         Shown(long_context_tables.ruler_means_table(evaluation, is_compatible=True)),
         Figures(evaluation_figures.ruler_figures(evaluation)),
         Shown(by_task, is_folded=len(by_task.rows) > _LONG_TABLE),
-        Shown(measures_table(evaluation, "RULER: all metrics", ruler, is_full=True), is_folded=True),
+        Shown(measures_table(evaluation, "RULER: all metrics", rows, is_full=True), is_folded=True),
+    ]
+
+
+def _cwe(evaluation: Evaluation) -> list[Part]:
+    rows = [row for row in evaluation.section("cwe") if not row.is_substitute]
+    answers = long_context_tables.answer_classes_table(evaluation)
+    parts: list[Part] = [Paragraph(f"Classes of CWE answers: {NOT_RUN}.")]
+    if answers.rows:
+        parts = [Figures([evaluation_figures.answers_figure(evaluation)]), Shown(answers, is_folded=True)]
+    headline = measures_table(evaluation, "CWE in depth", evaluation.cwe_rows)
+    return [
         Figures(evaluation_figures.cwe_figures(evaluation)),
-        Shown(measures_table(evaluation, "CWE in depth", cwe)),
-        Figures([evaluation_figures.answers_figure(evaluation)]),
-        Shown(long_context_tables.answer_classes_table(evaluation), is_folded=True),
-        *([Shown(means)] if means.rows else []),
-        Shown(measures_table(evaluation, f"Substitutes, {SUBSTITUTE}", substitutes, substitutes_note)),
+        Shown(headline, is_folded=len(headline.rows) > _LONG_TABLE),
+        Shown(measures_table(evaluation, "CWE: all metrics", rows, is_full=True), is_folded=True),
+        *parts,
     ]
 
 
@@ -173,7 +192,11 @@ def _sparsity(evaluation: Evaluation) -> list[Part]:
                 sparsity_figures.union_figure(evaluation),
             ]
         ),
-        *([Shown(measures_table(evaluation, "Measures", rows))] if (rows := evaluation.section("routing")) else []),
+        *(
+            [Shown(measures_table(evaluation, "Means over layers, with standard errors", rows), is_folded=True)]
+            if (rows := evaluation.section("routing"))
+            else []
+        ),
         Shown(sparsity_tables.positions_table(evaluation), is_folded=True),
         Shown(sparsity_tables.union_table(evaluation), is_folded=True),
         *(

@@ -42,8 +42,8 @@ def measures_table(
 def measure_cell(evaluation: Evaluation, row: Row, column: str, *, is_full: bool = False) -> Cell:
     score = row.scores.get(column)
     if score is None:
-        is_itself = row.is_agreement and column == "dense" and column in evaluation.columns
-        return Cell(text=NOT_APPLICABLE if is_itself else NOT_RUN)
+        is_absent = column not in evaluation.columns or evaluation.can_measure(row, column)
+        return Cell(text=NOT_RUN if is_absent else NOT_APPLICABLE)
     is_grey = evaluation.is_at_chance(row)
     if score.value is None:
         return Cell(text=NOT_APPLICABLE, small=(f"n {count(score.n)}",), is_grey=is_grey)
@@ -56,7 +56,7 @@ def measure_cell(evaluation: Evaluation, row: Row, column: str, *, is_full: bool
         signed = number_format(row.unit, score.value, sign="+")
         pairs = f", {count(change.n)} pairs" if change.n != score.n else ""
         small = [f"{small[0]}, Δ {signed(change.value)}", f"[{signed(change.low)}, {signed(change.high)}]{pairs}"]
-    if column != evaluation.reference and row.recovery:
+    if column != evaluation.reference and row.recovery and evaluation.has_reference:
         small.append(f"recovery {recovery(score.recovery)}")
         if is_full and row.chance is not None:
             small.append(f"above chance {recovery(score.recovery_above_chance)}")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bankwise.errors import DataError
 
-MODELS = ("dense", "untrained", "companion", "sparse")
-"""The columns of every table, in this order; the last two may be missing from a summary ("not run")."""
+MODELS = ("dense", "untrained", "companion", "narrow", "sparse")
+"""What a run may train or convert, in the order of every table; the last three may be missing from a summary."""
+
+TRAINED = ("companion", "narrow", "sparse")
 
 _NUMBERS = ("loss", "standard_error", "perplexity", "tokens", "active_fraction", "n")
 _LAYER_NUMBERS = ("layer", "recall", "retained", "retained_oracle", "retained_random")
@@ -67,7 +70,7 @@ def read_run(folder: Path) -> RunFolder:
             f"{folder / 'summary.json'} has no provenance (command, revision, model, versions, seeds); no "
             "report is written, because nobody could reproduce it"
         )
-    is_trained = any(summary.get(model) for model in ("companion", "sparse"))
+    is_trained = any(summary.get(model) for model in TRAINED)
     metrics = _read_lines(folder / "metrics.jsonl", key="step", numbers=("ce", "tokens", "step"), required=is_trained)
     held_out = _read_lines(folder / "held_out.jsonl", key="tokens", numbers=("tokens", "loss"), required=False)
     return RunFolder(summary=summary, metrics=metrics, held_out=held_out, recipe=_read_text(folder / "recipe.yaml"))
@@ -79,7 +82,7 @@ def check_summary(summary: Any, source: str) -> dict[str, Any]:
         raise DataError(f"{source} holds a {type(summary).__name__}, not an object; write it again with `bankwise run`")
     for model in MODELS:
         column = summary.get(model)
-        if column is None and model in ("companion", "sparse"):
+        if column is None and model in TRAINED:
             continue
         column = _check_numbers(column, _NUMBERS, f"{source}: {model}")
         for name, part in (column.get("by_source") or {}).items():
@@ -89,6 +92,11 @@ def check_summary(summary: Any, source: str) -> dict[str, Any]:
     if summary.get("closed") is not None and not is_number(summary["closed"]):
         raise DataError(f"{source}: closed={summary['closed']!r} is not a number")
     return summary
+
+
+def models_of(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns of a run's tables: `narrow` only where it was asked for, the others always."""
+    return tuple(model for model in MODELS if model != "narrow" or summary.get(model))
 
 
 def is_number(value: object) -> bool:

@@ -44,6 +44,10 @@ class Node:
             for name in self.object():
                 yield name, self[name]
 
+    def fields_of(self, *names: str) -> dict[str, Any]:
+        """The values of those of the fields that an object has."""
+        return {name: value for name, value in self.object().items() if name in names}
+
     def items(self) -> list[Node]:
         """The nodes of a list; none where the list is missing."""
         if self.is_null:

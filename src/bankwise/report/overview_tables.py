@@ -26,7 +26,8 @@ def evaluation_table(report: dict[str, Any]) -> str:
         for group in groups(evaluation)
     ]
     table = Table(title="", header=("", *map(evaluation.label, names)), rows=rows)
-    return f"{table.text()}\n\nvalue ± standard error; recovery is against {evaluation.label(evaluation.reference)}"
+    against = evaluation.label(evaluation.reference) if evaluation.has_reference else NOT_RUN
+    return f"{table.text()}\n\nvalue ± standard error; reference of the recoveries: {against}"
 
 
 def headline_rows(evaluation: Evaluation) -> list[NamedRow]:

@@ -6,12 +6,11 @@ import math
 from typing import Any
 
 from bankwise.report.charts import Interval, Series, interval_chart, line_chart, smooth
-from bankwise.report.folder import MODELS, RunFolder, is_number
+from bankwise.report.folder import TRAINED, RunFolder, is_number, models_of
 from bankwise.report.formats import fraction, short_count
 from bankwise.report.heat_map import Colours, Panel, heat_maps
 from bankwise.report.svg import LEVEL_STYLE, STYLES, Points, Style
 
-_TRAINED = ("companion", "sparse")
 _ORACLE_STYLE = Style(colour="c-companion", shape="diamond")
 _MOST_COLUMNS = 40
 """Log lines that the map of recall shows at most."""
@@ -20,7 +19,7 @@ _MOST_COLUMNS = 40
 def results_figure(run: RunFolder) -> str:
     """Held-out loss of the four models, with one standard error to each side."""
     rows = []
-    for model in MODELS:
+    for model in models_of(run.summary):
         column: dict[str, Any] = run.summary.get(model) or {"loss": None, "standard_error": 0.0}
         loss, error = column["loss"], column["standard_error"]
         if loss is None or math.isfinite(loss):
@@ -34,25 +33,25 @@ def results_figure(run: RunFolder) -> str:
 
 
 def training_figure(run: RunFolder) -> str:
-    """Training cross entropy of companion and sparse model by trained tokens, smoothed, with the raw values behind."""
+    """Training cross entropy of the trained models by trained tokens, smoothed, with the raw values behind."""
     series: list[Series] = []
     window = 1
-    for model in _TRAINED:
+    for model in _trained_models(run):
         raw = _finite(run.curve(model, "ce", run.metrics))
         window = max(window, 2 * (len(raw) // 40) + 1)
         series.append(Series(name=model, points=raw, style=STYLES[model], is_faint=True))
         series.append(Series(name=model, points=smooth(raw, window), style=_unmarked(model)))
     blur = f"Line: mean of {window} neighbouring log lines, pale: each of them. " if window > 1 else ""
     caption = (
-        f"{blur}Both models see the same batches, so the distance between the lines is the price of sparsity at that "
-        "point of training."
+        f"{blur}All models see the same batches, so the distance from the companion to the sparse line is the price of "
+        "sparsity at that point of training."
     )
     return line_chart("Training cross entropy", series, caption, x_axis="trained tokens", y_label="nats per token")
 
 
 def held_out_curve_figure(run: RunFolder) -> str:
     """Held-out loss by trained tokens; empty where the run did not measure it on the way."""
-    curves = {model: _finite(run.curve(model, "loss", run.held_out)) for model in _TRAINED}
+    curves = {model: _finite(run.curve(model, "loss", run.held_out)) for model in _trained_models(run)}
     if not any(curves.values()):
         return ""
     end = max(points[-1][0] for points in curves.values() if points)
@@ -110,9 +109,9 @@ def recall_over_training_figure(run: RunFolder) -> str:
     grid = [[_number(line["recall"], i) for line in lines] for i in range(len(layers))]
     known = [value for row in grid for value in row if value is not None]
     caption = (
-        "Each row is a layer, each column a logged training batch. A row that stays pale is a layer whose predictor "
-        "does not learn; a column that is paler than its left neighbour is a step back. The colour scale spans the "
-        "values shown."
+        "Each row is a layer, each column a logged training batch. A row that stays at the low end of the scale is a "
+        "layer whose predictor does not learn; a column lower than its left neighbour is a step back. The colour scale "
+        "spans the values shown."
     )
     return heat_maps(
         "Recall by layer and trained tokens",
@@ -149,6 +148,10 @@ def _layers(run: RunFolder, count: int) -> list[int]:
 
 def _number(values: list[float], i: int) -> float | None:
     return values[i] if i < len(values) and is_number(values[i]) and math.isfinite(values[i]) else None
+
+
+def _trained_models(run: RunFolder) -> list[str]:
+    return [model for model in models_of(run.summary) if model in TRAINED]
 
 
 def _unmarked(model: str) -> Style:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bankwise.report.folder import MODELS, RunFolder, check_summary, is_number
+from bankwise.report.folder import RunFolder, check_summary, is_number, models_of
 from bankwise.report.formats import (
     NOT_APPLICABLE,
     NOT_RUN,
@@ -32,7 +32,7 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 def results_table(summary: Column) -> Table:
     """The final table: one row per measure, one column per model."""
-    companion = summary.get("companion")
+    companion, models = summary.get("companion"), models_of(summary)
 
     def against(measure: Callable[[Column, Column], str]) -> Callable[[Column], str]:
         return lambda column: measure(column, companion) if companion else NOT_APPLICABLE
@@ -48,7 +48,7 @@ def results_table(summary: Column) -> Table:
         ("windows (n)", lambda column: count(column["n"])),
     ]
     rows = [
-        (name, *(measure(summary[model]) if summary.get(model) else NOT_RUN for model in MODELS))
+        (name, *(measure(summary[model]) if summary.get(model) else NOT_RUN for model in models))
         for name, measure in measures
     ]
     note = (
@@ -57,17 +57,22 @@ def results_table(summary: Column) -> Table:
         "after training. Recovery is the companion's perplexity over the model's own. All columns share the same "
         "held-out windows; the standard error is that of one column's mean, over windows, not that of a difference."
     )
+    if "narrow" in models:
+        note += (
+            " narrow: the dense FFN cut to its strongest channels, as many as the sparse model keeps, trained alike."
+        )
     if not companion:
         note += " n/a: the companion was not run, so there is nothing to compare with."
-    return Table(title="Held-out results", header=("", *MODELS), rows=rows, note=note)
+    return Table(title="Held-out results", header=("", *models), rows=rows, note=note)
 
 
 def sources_table(summary: Column) -> Table:
     """Loss, delta, perplexity and n of each held-out source."""
-    names = list(dict.fromkeys(name for model in MODELS for name in (summary.get(model) or {}).get("by_source") or {}))
+    models = models_of(summary)
+    names = list(dict.fromkeys(name for model in models for name in (summary.get(model) or {}).get("by_source") or {}))
     rows: list[tuple[str, ...]] = []
     for name in names:
-        parts = {model: ((summary.get(model) or {}).get("by_source") or {}).get(name) for model in MODELS}
+        parts = {model: ((summary.get(model) or {}).get("by_source") or {}).get(name) for model in models}
         other = parts["companion"]
         cells: dict[str, Callable[[Column], str]] = {
             "loss": lambda part: nats(part["loss"]),
@@ -78,9 +83,9 @@ def sources_table(summary: Column) -> Table:
             "windows (n)": lambda part: count(part["n"]),
         }
         for measure, cell in cells.items():
-            values = [cell(part) if (part := parts[model]) else NOT_RUN for model in MODELS]
+            values = [cell(part) if (part := parts[model]) else NOT_RUN for model in models]
             rows.append((f"{name}: {measure}", *values))
-    return Table(title="Held-out results by source", header=("source", *MODELS), rows=rows)
+    return Table(title="Held-out results by source", header=("source", *models), rows=rows)
 
 
 def calibration_table(summary: Column) -> Table:

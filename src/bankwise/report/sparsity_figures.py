@@ -103,8 +103,8 @@ def position_figure(evaluation: Evaluation) -> str:
         )
     known = [value for panel in panels for row in panel.values for value in row if value is not None]
     caption = (
-        "Recall by layer (across) and position of the token in its window (down): a row that is paler than those above "
-        "means that routing gets worse with distance, a pale column is a badly routed layer."
+        "Recall by layer (across) and position of the token in its window (down): a row lower than those above means "
+        "that routing gets worse with distance, a low column is a badly routed layer."
     )
     return heat_maps(
         "Recall by layer and position",
@@ -135,7 +135,7 @@ def usage_figure(evaluation: Evaluation) -> str:
         panels.append(Panel(name=COLUMNS[name], values=[row + [None] * (groups - len(row)) for row in rows]))
     caption = (
         f"Each row is a layer; its channels are sorted by how many tokens use them, most used at the left, in {groups} "
-        "groups. An even row uses all channels alike; strong colour at the left and pale colour over the rest is a "
+        "groups. An even row uses all channels alike; high values at the left and low ones over the rest are a "
         "layer that leans on few channels whatever the token."
     )
     return heat_maps(

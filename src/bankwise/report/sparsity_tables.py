@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from bankwise.report.evaluation_data import COLUMNS, Evaluation
+from bankwise.report.evaluation_data import COLUMNS, DENSE, Evaluation
 from bankwise.report.evaluation_details import Number, Routing, mean
 from bankwise.report.formats import NOT_APPLICABLE, NOT_RUN, count, fraction_or_gap, percent, share_or_gap, significant
 from bankwise.report.table import Table
 
 HEADER = ("", *COLUMNS.values())
 MODEL, ORACLE, GLOBAL = "retained_energy", "retained_energy_oracle", "retained_energy_global"
-
-_DENSE = ("dense", "companion", "narrow")
-"""Columns whose models use all their channels."""
 
 
 def routings(evaluation: Evaluation) -> dict[str, Routing]:
@@ -74,7 +71,7 @@ def sparsity_table(evaluation: Evaluation) -> Table:
     ]
     found = routings(evaluation)
     rows = [
-        (label, *(measure(found[name]) if name in found else NOT_RUN for name in COLUMNS))
+        (label, *(measure(found[name]) if name in found else _absent(evaluation, name) for name in COLUMNS))
         for label, measure in measures
     ]
     note = (
@@ -137,7 +134,7 @@ def union_table(evaluation: Evaluation) -> Table:
     curves = {name: dict(union_curve(routing)) for name, routing in found.items()}
     rows = [
         (
-            f"{tokens} tokens",
+            "1 token" if tokens == 1 else f"{tokens} tokens",
             *(
                 share_or_gap(curves[name].get(tokens)) if name in found else _absent(evaluation, name)
                 for name in COLUMNS
@@ -172,12 +169,12 @@ def union_curve(routing: Routing) -> list[tuple[int, float]]:
 
 def choosing(found: Mapping[str, Routing]) -> dict[str, str]:
     """Names and labels of the columns that can choose channels; the dense ones do not."""
-    return {name: label for name, label in COLUMNS.items() if name in found or name not in _DENSE}
+    return {name: label for name, label in COLUMNS.items() if name in found or name not in DENSE}
 
 
 def _absent(evaluation: Evaluation, column: str) -> str:
     """What stands for the routing of a column without any: a dense model that was run has none to measure."""
-    return NOT_APPLICABLE if column in _DENSE and column in evaluation.columns else NOT_RUN
+    return NOT_APPLICABLE if column in DENSE and column in evaluation.columns else NOT_RUN
 
 
 def _of_dense(amounts: Mapping[str, Number]) -> str:

@@ -89,6 +89,7 @@ svg .line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: 
 svg .line.thin { stroke-width: 1.4; }
 svg circle, svg rect, svg path:not(.line) { fill: currentColor; }
 svg circle.hollow { fill: var(--page); stroke: currentColor; stroke-width: 1.8; }
+svg rect[class] { shape-rendering: crispEdges; }
 svg rect.gap { fill: none; stroke: var(--rule); stroke-dasharray: 3 3; }
 svg .faint { opacity: 0.4; } svg .faint .line { stroke-width: 1; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 0; padding: 0;
@@ -107,12 +108,12 @@ thead th { color: var(--quiet); font-weight: 600; border-top: 0; vertical-align:
 th:first-child, .words th, .words td { text-align: left; }
 tbody th { font-weight: 500; }
 .numbers thead th { position: sticky; top: 0; background: var(--page); z-index: 1; }
-.broad thead th { white-space: normal; min-width: 5.5rem; max-width: 14rem; }
+.broad thead th { white-space: normal; min-width: 7rem; max-width: 14rem; }
 .numbers th:first-child { position: sticky; left: 0; background: var(--page); }
 .numbers thead th:first-child { z-index: 2; }
 .numbers.broad tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; max-width: 15rem; }
 .words th, .words td { white-space: normal; overflow-wrap: anywhere; }
-.words.broad th, .words.broad td { min-width: 6.5rem; }
+.words.broad th, .words.broad td { min-width: 6.5rem; overflow-wrap: normal; }
 .words tbody th { width: 13rem; color: var(--quiet); }
 details caption { position: absolute; clip-path: inset(50%); } /* the summary says the same */
 details { margin: 14px 0; } details > :not(summary) { margin-top: 10px; }
@@ -133,7 +134,7 @@ pre { overflow-x: auto; background: var(--box); border-radius: 8px; padding: 12p
   td small, th small { font-size: 0.6875rem; }
   th:first-child { padding-left: 8px; } td:last-child, th:last-child { padding-right: 8px; }
   .numbers th:first-child { white-space: normal; overflow-wrap: break-word; }
-  .numbers.broad tbody th { min-width: 7rem; max-width: 8rem; }
+  .broad thead th { min-width: 5.5rem; } .numbers.broad tbody th { min-width: 7rem; max-width: 8rem; }
   .words tbody th { width: 8rem; }
   .tiles { grid-template-columns: 1fr 1fr; } .tiles dd { font-size: 1.25rem; }
 }

@@ -32,7 +32,7 @@ def engine(tiny_dense: Callable[..., PreTrainedModel], tokenizer: PreTrainedToke
 def small_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval without its own tasks: reading their thousands of files takes seconds."""
     monkeypatch.setattr(
-        lm_eval_tasks, "_manager", lambda folder: TaskManager(include_path=folder or None, include_defaults=False)
+        lm_eval_tasks, "_manager", lambda folder, _: TaskManager(include_path=folder or None, include_defaults=False)
     )
 
 
@@ -156,7 +156,8 @@ def test_mmlu_reports_its_subjects(engine: Engine) -> None:
 
 @pytest.mark.usefixtures("small_index")
 def test_lm_eval_tasks_are_wired_through_the_plan(engine: Engine, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "Q:", "choices": ["a", "b"], "gold": 0}) + "\n")
+    row = json.dumps({"query": "Q:", "choices": ["a", "b"], "gold": 0}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(row * 3)
     (tmp_path / "own.yaml").write_text(
         "task: own\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
         f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
@@ -169,7 +170,7 @@ def test_lm_eval_tasks_are_wired_through_the_plan(engine: Engine, tmp_path: Path
         ("own", "lm-eval"),
         ("copa", ""),
     ]
-    assert result.details["lm_eval"]["documents"] == {"own": {"original": 1, "effective": 1}}
+    assert result.details["lm_eval"]["documents"] == {"own": {"original": 3, "effective": 2}}
 
 
 @pytest.mark.usefixtures("small_index")

@@ -72,6 +72,8 @@ def test_rows_depend_on_preset_seed_and_number_alone(tokenizer):
     other_preset = lite.generate("lite-40-3", tokenizer, num_samples=3, seed=1)
     texts = [row["input"] for rows in (three, other_seed, other_preset) for row in rows]
     assert len(set(texts)) == 9
+    demonstrations = {tuple(rows[0]["details"]["demo_words"]) for rows in (three, other_seed, other_preset)}
+    assert len(demonstrations) == 3  # drawn first and of one size, so another stream alone tells them apart
 
 
 def test_each_row_has_its_own_layout(tokenizer):

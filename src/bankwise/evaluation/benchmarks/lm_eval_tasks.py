@@ -26,13 +26,15 @@ _INSTALL = "lm-eval tasks need the package lm_eval: pip install 'lm-eval>=0.4.13
 _HEADLINES = ("acc_norm", "acc", "exact_match")  # the first that a task has
 
 
-def find_problems(tasks: Sequence[str], include_path: str = "") -> list[str]:
+def find_problems(
+    tasks: Sequence[str], include_path: str = "", tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[str]:
     """What keeps these tasks from being run, one line each; their data is not looked at."""
     if importlib.util.find_spec("lm_eval") is None:
         return [_INSTALL]
     if include_path and not Path(include_path).is_dir():
         return [f"benchmarks.lm_eval_include={include_path} is no folder; name one that holds task files (YAML)"]
-    known = _manager(include_path).all_tasks
+    known = _manager(include_path, _origin(tokenizer)).all_tasks
     problems = []
     for name in tasks:
         if name not in known:
@@ -60,13 +62,13 @@ def run_lm_eval(
     `limit` takes the first documents of each task, as lm-eval does. `num_fewshot` leaves alone the tasks that are
     defined without examples. A group that aggregates its tasks (mmlu) gives one measure, other groups one per task.
     """
-    problems = find_problems(tasks, include_path)
+    problems = find_problems(tasks, include_path, tokenizer)
     if problems:
         raise ConfigError(problems[0])
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    manager = _manager(include_path)
+    manager = _manager(include_path, _origin(tokenizer))
     was_training = model.training
     with _quiet():
         loaded = [item for name in dict.fromkeys(tasks) for item in _load(manager, name, execute_code)]
@@ -93,12 +95,18 @@ def run_lm_eval(
     return _measures(results, version), _tables(results, version)
 
 
+def _origin(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Folder or name that the tokenizer was loaded from; tasks that generate their texts to a length load it again."""
+    return "" if tokenizer is None else tokenizer.name_or_path
+
+
 @lru_cache(maxsize=2)
-def _manager(include_path: str) -> Any:
+def _manager(include_path: str, tokenizer: str = "") -> Any:
     """lm-eval's index of tasks; reading its thousands of files takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path or None)
+    metadata: dict[str, Any] | None = {"tokenizer": tokenizer} if tokenizer else None
+    return TaskManager(include_path=include_path or None, metadata=metadata)
 
 
 @contextmanager
@@ -117,7 +125,7 @@ def _load(manager: Any, name: str, execute_code: bool) -> list[Any]:
     """The task, the group, or the tasks of the tag of that name, with their data."""
     try:
         loaded = manager.load([name])
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"lm-eval task {name} cannot be loaded: {reason}; its data comes from the Hugging Face hub unless its file "

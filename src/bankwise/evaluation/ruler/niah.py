@@ -81,7 +81,7 @@ class Needles(Family):
         sentences = self._essay_sentences(units)
         depths = streams.main.sample(_DEPTHS, len(needles))
         # depth / 100 first, as upstream: the other order rounds some places to the next sentence.
-        places = sorted(int(len(sentences) * depth / 100) for depth in depths)
+        places = sorted(int(len(sentences) * (depth / 100)) for depth in depths)
         parts = []
         for start, end, needle in zip([0, *places], places, needles, strict=False):
             parts += [" ".join(sentences[start:end]), needle]

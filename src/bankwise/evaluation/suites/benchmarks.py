@@ -37,7 +37,7 @@ def check(plan: EvaluationPlan, tokenizer: PreTrainedTokenizerBase, context: int
     if any(name != humaneval.NAME for name in benchmarks.tasks) and package_root() is None:
         problems.append(MISSING)
     if benchmarks.lm_eval:
-        problems += lm_eval_tasks.find_problems(benchmarks.lm_eval, benchmarks.lm_eval_include)
+        problems += lm_eval_tasks.find_problems(benchmarks.lm_eval, benchmarks.lm_eval_include, tokenizer)
     if benchmarks.execute_code:
         problems += humaneval.find_problems()
     return list(dict.fromkeys(problems))
@@ -72,7 +72,7 @@ def run(engine: Engine, plan: EvaluationPlan) -> SuiteResult:
             engine.model,
             engine.tokenizer,
             benchmarks.lm_eval,
-            limit=None,
+            limit=benchmarks.limit or None,
             num_fewshot=benchmarks.lm_eval_fewshot,
             batch_size=max(1, plan.batch_tokens // _LM_EVAL_TOKENS),
             max_length=engine.context,

@@ -57,11 +57,11 @@ def evaluate(
     `plan` is an `EvaluationPlan`, a preset (`ci`, `smoke`, `full`), a YAML file or a dict; `overrides` change its
     fields (`ruler.lengths=[1024]`), `suites` its suites. Each suite gives `{task: {metric: {value, standard_error,
     n}}}` and its details; `perplexity` also loss, perplexity, standard error and n over all sources, and by source.
-    With `cache`, readings are kept in that folder and an interrupted call goes on.
+    With `cache`, readings are kept in that folder and an interrupted call goes on; otherwise in memory for this call.
     """
     plan = _resolved(plan, overrides, suites)
     check_plan(plan, tokenizer, getattr(model.config, "max_position_embeddings", None))
-    store = None if cache is None else ReadingCache(cache, model_fingerprint(model))
+    store = ReadingCache(cache, model_fingerprint(model) if cache else "this model")
     engine = Engine(model, tokenizer, bf16=plan.bf16, batch_tokens=plan.batch_tokens, cache=store, progress=progress)
     scores: dict[str, Any] = {}
     for name in plan.suites:
