@@ -166,7 +166,8 @@ def _add_long_context(fake: Fake) -> None:
             fake.add("cwe", "cwe", "nll", nll, unit="nats", better="lower", error=0.11, is_headline=True, **shape)
             auc = fake.values(0.86 - length / 40_000, 0.5)
             fake.add("cwe", "cwe", "auc", auc, chance=0.5, error=0.021, **shape)
-    fake.measures[-1]["columns"]["sparse"]["value"] = None  # NaN in the file's terms
+    if "sparse" in fake.names:
+        fake.measures[-1]["columns"]["sparse"]["value"] = None  # NaN in the file's terms
     lite = {"unit": "%", "note": "not RULER-compatible", "error": 5.0}
     fake.add("cwe", "lite-20-3", "score", fake.values(33.0), **lite, is_headline=True)
 
@@ -183,6 +184,12 @@ def _details(rng: random.Random, name: str) -> dict[str, Any]:
                     "tasks": tasks, "nulls": f"{rng.randrange(9)}/325", "compatible": True,
                 }
                 for length in LENGTHS
+            ]
+            + [
+                {
+                    "length": 1024, "permutation": "upstream", "mean": 50.0 * quality, "tasks": ["niah_single_2@novel"],
+                    "nulls": "0/25", "compatible": False,
+                }
             ],
             "effective_length": {"upstream": 1024 if quality > 0.9 else None},
             "weighted": {"upstream": {"increasing": 61.2 * quality, "decreasing": 72.4 * quality}},

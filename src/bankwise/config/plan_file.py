@@ -25,7 +25,7 @@ _VALUES: dict[str, dict[str, Any]] = {
         "suites": list(SUITES),
         "perplexity": {"windows": 2, "seq_len": 256},
         "benchmarks": {"tasks": ["piqa", "arc_easy", "lambada", "humaneval_bpb"], "limit": 2},
-        "ruler": {"tasks": ["vt", "fwe", "niah_single_1"], "lengths": [512], "samples": 2},
+        "ruler": {"tasks": ["vt", "fwe", "niah_single_1"], "lengths": [1024], "samples": 2},
         "cwe": {"lengths": [], "lite": ["lite-20-3"], "samples": 2},
         "routing": {"windows": 1},
         "bf16": True,

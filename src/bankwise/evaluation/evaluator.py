@@ -210,7 +210,8 @@ def check_models(
 
 def check_plan(plan: EvaluationPlan, tokenizer: PreTrainedTokenizerBase, context: int | None) -> None:
     """Raise `ConfigError` with everything that is wrong with the plan, before any work."""
-    problems = [problem for name in plan.suites for problem in _SUITES[name].check(plan, tokenizer, context)]
+    found = (problem for name in plan.suites for problem in _SUITES[name].check(plan, tokenizer, context))
+    problems = list(dict.fromkeys(found))  # two suites may read the same windows
     if problems:
         raise ConfigError("; ".join(problems))
     if {"perplexity", "routing"} & set(plan.suites):

@@ -78,7 +78,7 @@ def test_arguments_out_of_range_are_refused(change: dict[str, Any], message: str
 
 
 def test_words_beyond_the_list_need_the_second_list(word_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    window: dict[str, Any] = {"max_seq_length": 65_536, "num_samples": 1}
+    window: dict[str, Any] = {"max_seq_length": 56_000, "num_samples": 1}
     with pytest.raises(
         DataError, match=r"needs \d+ distinct words, and wonderwords has 8166; put RULER's english_words"
     ):

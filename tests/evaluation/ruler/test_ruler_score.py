@@ -33,7 +33,7 @@ def test_a_reference_occurs_in_any_case_and_inside_other_words() -> None:
 
 def test_all_is_the_share_of_references_and_part_is_any() -> None:
     references = ["shoe", "gum", "hut", "zoo"]
-    assert string_match_all("1. Shoe 2. gum 3. shoe", references) == 0.5
+    assert string_match_all("1. Shoe 2. gum 3. x", references) == 0.5
     assert string_match_all("", references) == 0
     assert string_match_part("I think it is the HUT.", references) == 1
     assert string_match_part("none", references) == 0

@@ -103,7 +103,7 @@ def test_lengths_are_summed_up(smollm2: LoadedDense) -> None:
 
 
 def test_substitutes_stay_out_of_what_is_called_ruler(smollm2: LoadedDense) -> None:
-    job = plan(tasks=["niah_single_2@sotu", "qa_1@squad1k", "fwe"], lengths=[2048], samples=1)
+    job = plan(tasks=["fwe", "niah_single_2@sotu", "qa_1@squad1k"], lengths=[2048], samples=1)
     references = answers_of(smollm2.tokenizer, job.ruler)
     result = ruler.run(
         Scripted(smollm2.tokenizer, lambda text: references[text][0] if "coded" not in text else ""),  # type: ignore[arg-type]

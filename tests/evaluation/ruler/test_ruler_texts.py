@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from bankwise.errors import ConfigError, DataError
-from bankwise.evaluation.ruler import OFFICIAL_TASKS, TASKS, check_task, generate, texts
+from bankwise.evaluation.ruler import OFFICIAL_TASKS, TASKS, Generator, check_task, generate, texts
+from bankwise.evaluation.ruler.family import shared_streams
 from bankwise.evaluation.ruler.texts import haystack_words, question_set, sentence_splitter
 from bankwise.upcycle.loading import LoadedDense
 
@@ -44,6 +46,16 @@ def test_essay_repeats_where_the_window_is_longer(data_dir: Path, smollm2: Loade
     (data_dir / "PaulGrahamEssays.json").write_text(json.dumps({"text": "One two three. Four five."}), encoding="utf-8")
     (row,) = generate("niah_single_2", smollm2.tokenizer, max_seq_length=2048, num_samples=1, data_dir=data_dir)
     assert row["input"].count("One two three. Four five.") > 100
+
+
+def test_needles_stand_at_upstreams_depths(data_dir: Path, word_tokenizer: PreTrainedTokenizerFast) -> None:
+    (data_dir / "PaulGrahamEssays.json").write_text(json.dumps({"text": "Ships sail on. " * 500}), encoding="utf-8")
+    family = Generator("niah_single_2", word_tokenizer, max_seq_length=4096, data_dir=data_dir).family
+    streams = shared_streams(1)
+    texts = [family.build(900, streams, 0).text for _ in range(600)]
+    depths = [round(100 * step / 39) for step in range(40)]
+    # 300 * (41 / 100) is just below 123, where (300 * 41) / 100 is not: the needle stands one sentence earlier.
+    assert {text.split("One of the")[0].count("Ships") for text in texts} == {int(300 * (d / 100)) for d in depths}
 
 
 def test_sentences_are_those_of_nltk() -> None:

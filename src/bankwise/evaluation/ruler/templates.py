@@ -43,7 +43,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     bos = tokenizer.bos_token
     if bos and text.startswith(bos) and tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]:
         text = text.removeprefix(bos)
-    return text.replace(_SENTINEL, PLACE)
+    return text.replace("{", "{{{{").replace("}", "}}}}").replace(_SENTINEL, PLACE)
 
 
 def full_template(task: RulerTask, model_template: str) -> str:
