@@ -335,7 +335,6 @@ def train_model(
 def provenance(recipe: Recipe, dense: LoadedDense, seconds: float) -> dict[str, Any]:
     """What another person needs to get the same numbers."""
     return {
-        "command": f"bankwise run recipe.yaml (output {recipe.output})",
         "model": recipe.model,
         "model_name": dense.name,
         "model_sha256": dense.revision,

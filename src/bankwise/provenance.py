@@ -2,7 +2,9 @@
 
 import platform
 import resource
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from bankwise import __version__
 
 
 def environment(seconds: float) -> dict[str, Any]:
-    """Revision, device, versions, wall time and peak memory of this process, for a report's last section."""
+    """Command, revision, device, versions, wall time and peak memory of this process, for a report's last section."""
     return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_revision": _git_revision(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),

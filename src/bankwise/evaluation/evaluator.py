@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -89,7 +89,6 @@ def evaluate_models(
     `baselines` are training-free rules applied to the dense model at the sparse model's active fraction. `about` adds
     figures to a column's description, such as its trained tokens.
     """
-    started = time.time()
     tokenizer = check_models(models, plan, baselines)
     job = _Job(plan, tokenizer, cache or cache_folder("readings"), say, progress)
     order = [name for name in COLUMNS if name in models]
@@ -105,7 +104,7 @@ def evaluate_models(
         del model
     if baselines:
         columns += _baseline_columns(job, models, baselines, columns)
-    return compare(columns, _provenance(plan, models, baselines, time.time() - started), plan.seed)
+    return compare(columns, _provenance(job, models, baselines, columns), plan.seed)
 
 
 @dataclass
@@ -118,6 +117,7 @@ class _Job:
     say: Callable[[str], None]
     progress: bool
     reference: perplexity.DenseReference | None = None
+    started: float = field(default_factory=time.time)
 
     def column(self, name: str, model: PreTrainedModel, fingerprint: str, about: Mapping[str, Any]) -> ColumnScores:
         """Run every suite on one model."""
@@ -256,12 +256,24 @@ def _loss_summary(tasks: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _provenance(
-    plan: EvaluationPlan, models: Mapping[str, str | Path], baselines: Sequence[str], seconds: float
+    job: _Job, models: Mapping[str, str | Path], baselines: Sequence[str], columns: Sequence[ColumnScores]
 ) -> dict[str, Any]:
-    """What another person needs to get the same numbers."""
-    return {
+    """What another person needs to get the same numbers, beside the models' own hashes."""
+    plan, details = job.plan, columns[0].details
+    values: dict[str, Any] = {
         "models": {name: str(source) for name, source in models.items()},
         "baselines": list(baselines),
-        "plan": dump_plan(plan),
-        **environment(seconds),
+        "tokenizer_sha256": tokenizer_fingerprint(job.tokenizer),
     }
+    if {"perplexity", "routing"} & set(plan.suites):
+        windows = perplexity.held_out(plan, job.tokenizer)
+        values["held_out_windows_sha256"] = {
+            source: hashlib.sha256(rows.numpy().tobytes()).hexdigest() for source, rows in windows.items()
+        }
+    if "ruler" in plan.suites:
+        values["ruler"] = details["ruler"]["generator"]
+    if tasks := details.get("benchmarks", {}).get("tasks"):
+        values["benchmark_files"] = {
+            name: {key: task[key] for key in ("file", "sha256", "split", "shots")} for name, task in tasks.items()
+        }
+    return values | {"plan": dump_plan(plan), **environment(time.time() - job.started)}
