@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from typing import Any
 
 LAYERS = 30
@@ -23,7 +24,7 @@ BENCHMARKS = {
     "winogrande": ("commonsense", 50.0, 52.8), "arc_easy": ("commonsense", 25.0, 58.4),
     "openbookqa_with_a_very_long_task_name_of_lm_eval": ("commonsense", 25.0, 33.2),
     "boolq": ("reading", 50.0, 60.1), "lambada": ("reading", 0.0, 42.5),
-    "mmlu": ("knowledge", 25.0, 25.1), "humaneval_pass_at_1": ("code", 0.0, 0.0),
+    "mmlu": ("knowledge", 25.0, 25.1), "humaneval_pass_at_1": ("maths and code", 0.0, 0.0),
 }  # fmt: skip
 RULER_TASKS = (
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
@@ -85,7 +86,7 @@ def fake_evaluation(seed: int = 0, *, without: tuple[str, ...] = ("narrow", "rep
         error = 0.0 if best == 0 else 2.1
         fake.add("benchmarks", task, "acc_per_char", values, **fields, is_headline=True, error=error)
         fake.add("benchmarks", task, "acc_raw", fake.values(best - 1 if best else 0.0, chance), **fields, error=error)
-    bpb = {"unit": "bits/byte", "better": "lower", "recovery": "inverse", "group": "code", "error": 0.02}
+    bpb = {"unit": "bits/byte", "better": "lower", "recovery": "inverse", "group": "maths and code", "error": 0.02}
     fake.add("benchmarks", "humaneval_bpb", "bpb", fake.losses(0.92), **bpb, is_headline=True)
     _add_long_context(fake)
     recall = {name: 70.0 for name in ROUTED if name in names}
@@ -105,7 +106,7 @@ def fake_evaluation(seed: int = 0, *, without: tuple[str, ...] = ("narrow", "rep
             for name in names
         ],
         "measures": fake.measures,
-        "details": {name: _details(fake.rng, name) for name in names},
+        "details": {name: _details(fake, name) for name in names},
         "reference": fake.reference,
         "provenance": {
             "command": "bankwise eval a b --preset smoke", "git_revision": "0123abc", "device": "cpu",
@@ -158,7 +159,19 @@ def _add_long_context(fake: Fake) -> None:
             fake.add("ruler", task, "exact", values, **fields)
     note = "not RULER-compatible: novel in place of the essays"
     values = fake.values(70.0)
-    fake.add("ruler", "niah_single_2@novel", "score", values, unit="%", length=1024, note=note, is_headline=True)
+    fake.add(
+        "ruler",
+        "niah_single_2@novel",
+        "score",
+        values,
+        unit="%",
+        length=1024,
+        variant="upstream",
+        note=note,
+        is_headline=True,
+        error=9.5,
+        n=25,
+    )
     for variant in ("upstream", "per_sample"):
         for length in LENGTHS[:3]:
             shape = {"length": length, "variant": variant, "n": 25}
@@ -172,22 +185,28 @@ def _add_long_context(fake: Fake) -> None:
     fake.add("cwe", "lite-20-3", "score", fake.values(33.0), **lite, is_headline=True)
 
 
-def _details(rng: random.Random, name: str) -> dict[str, Any]:
-    quality = QUALITY[name]
+def _details(fake: Fake, name: str) -> dict[str, Any]:
+    rng, quality = fake.rng, QUALITY[name]
     tasks = list(RULER_TASKS)
+    substitute = next(row for row in fake.measures if "@" in row["task"])
     details: dict[str, Any] = {
         "ruler": {
             "generator": {"revision": "f00dcafe", "wonderwords": "2.2.0", "template": "{task_template}"},
             "summary": [
                 {
-                    "length": length, "permutation": "upstream", "mean": 100 * quality * (1 - length / 20_000),
+                    "length": length, "permutation": "upstream", "mean": statistics.fmean(
+                        row["columns"][name]["value"] for row in fake.measures
+                        if row["section"] == "ruler" and row["metric"] == "score" and row["length"] == length
+                        and "@" not in row["task"]
+                    ),
                     "tasks": tasks, "nulls": f"{rng.randrange(9)}/325", "compatible": True,
                 }
                 for length in LENGTHS
             ]
             + [
                 {
-                    "length": 1024, "permutation": "upstream", "mean": 50.0 * quality, "tasks": ["niah_single_2@novel"],
+                    "length": 1024, "permutation": "upstream", "tasks": ["niah_single_2@novel"],
+                    "mean": substitute["columns"][name]["value"],
                     "nulls": "0/25", "compatible": False,
                 }
             ],

@@ -21,7 +21,7 @@ from bankwise.errors import DataError
 from bankwise.evaluation import comparison
 from bankwise.report import evaluation_table, write_report
 from bankwise.report.evaluation_data import COLUMNS, FORMAT, check_evaluation
-from bankwise.report.recoveries import group_mean, groups
+from bankwise.report.means import group_mean, groups
 
 EVIL = 'x<script>alert("1")</script>|`a`\n<b>&amp;'
 SECTIONS = [
@@ -228,7 +228,7 @@ def test_tasks_at_chance_are_grey_and_left_out_of_the_means(tmp_path: Path) -> N
     assert commonsense[5].startswith(f"{statistics.fmean(kept):.1f} % ± ")
     assert "5 tasks\nΔ" in commonsense[5]
     assert row_of(means, "knowledge")[5] == "n/a"
-    assert row_of(means, "code")[0].endswith("1 of 2 tasks\nat chance, left out: humaneval_pass_at_1")
+    assert row_of(means, "maths and code")[0].endswith("1 of 2 tasks\nat chance, left out: humaneval_pass_at_1")
 
 
 def test_a_task_that_was_run_twice_counts_once() -> None:
@@ -272,7 +272,8 @@ def test_substitutes_stand_apart(tmp_path: Path) -> None:
 
 def test_means_over_substitutes_stand_apart(tmp_path: Path) -> None:
     page = written(tmp_path, fake_evaluation())
-    assert [row[5] for row in table(page, "Substitutes: mean over tasks by length")[1:]] == ["48.00\nnulls 0/25"]
+    (row,) = table(page, "Substitutes: mean over tasks by length")[1:]
+    assert re.fullmatch(r"\d+\.\d\d ± 9\.50\nn 25, Δ .*\n\[.*\]\nrecovery .* %\nnulls 0/25", row[5])
     assert "nulls 0/25" not in "".join(row[5] for row in table(page, "RULER: mean over tasks by length"))
 
 
@@ -282,7 +283,16 @@ def test_ruler_has_means_nulls_effective_length_and_a_heat_map_per_column(tmp_pa
     rows = table(page, "RULER: mean over tasks by length")
     summary = report["details"]["sparse"]["ruler"]["summary"][2]
     row = row_of(rows, "4,096 tokens", "mean of all 13 tasks", "upstream")
-    assert row[5] == f"{summary['mean']:.2f}\nnulls {summary['nulls']}"
+    # 13 tasks of error 7.2 and of intervals that reach 0.9 * 7.2 to each side.
+    other = report["details"]["companion"]["ruler"]["summary"][2]["mean"]
+    change, reach = summary["mean"] - other, 0.9 * 7.2 / math.sqrt(13)
+    assert row[5].splitlines() == [
+        f"{summary['mean']:.2f} ± {7.2 / math.sqrt(13):.2f}",
+        f"n 325, Δ {change:+.2f}",
+        f"[{change - reach:+.2f}, {change + reach:+.2f}]",
+        f"recovery {100 * summary['mean'] / other:.1f} %",
+        f"nulls {summary['nulls']}",
+    ]
     assert row_of(rows, "effective length")[4:6] == ["none reaches it", "1,024"]
     assert row_of(rows, "weighted average", "increasing")[5] == f"{61.2 * 0.96:.2f}"
     labels = re.findall(r'aria-label="RULER by task and length, permutation upstream, ([^:]*):', page)

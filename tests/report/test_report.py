@@ -192,7 +192,7 @@ def test_columns_that_were_not_run_say_so(tmp_path: Path) -> None:
 
 def test_a_narrow_model_has_a_column_where_it_was_trained(tmp_path: Path) -> None:
     summary = write_run(tmp_path)
-    assert "narrow" not in write_report(tmp_path).read_text()
+    assert "narrow</th>" not in write_report(tmp_path).read_text()
     summary["narrow"] = column(random.Random(1), 3.123456, 409_600, 0.25)
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     line = json.dumps({"model": "narrow", "step": 5, "tokens": 5120, "ce": 3.5, "recall": None})
@@ -213,7 +213,7 @@ def test_recall_is_mapped_over_layers_and_tokens(tmp_path: Path) -> None:
     assert "30 rows, 0.6" in chart
     labels = re.findall(r">([\d.]+k)</text>", chart)
     assert labels[0] == "10.2k"
-    rows = set(re.findall(r'<rect class="h\d" x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="9.0"', chart))
+    rows = set(re.findall(r'<rect class="h\d" x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="9.5"', chart))
     assert len(rows) == LAYERS
 
 

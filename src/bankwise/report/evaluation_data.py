@@ -12,26 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bankwise.config.evaluation import SUITES
 from bankwise.errors import DataError
+from bankwise.evaluation.comparison import COLUMNS, FORMAT
 from bankwise.report.evaluation_details import Details, Scan, read_details, read_scan
 from bankwise.report.json_node import Node
 
-FORMAT = "bankwise-report/1"
-COLUMNS = {
-    "dense": "dense",
-    "companion": "dense companion",
-    "narrow": "Dense-4x",
-    "untrained": "post-hoc",
-    "sparse": "sparse",
-    "repaired": "repaired",
-}
-"""Names of the six columns, in the order of every table, and their labels."""
-
 DENSE = ("dense", "companion", "narrow")
 """Columns whose models use all their channels, so that there is no routing to measure."""
-
-SECTIONS = ("perplexity", "benchmarks", "ruler", "cwe", "routing")
-"""Sections that a measure may belong to."""
 
 SUBSTITUTE = "not RULER-compatible"
 
@@ -230,8 +218,8 @@ def _columns(node: Node) -> dict[str, Column]:
 
 
 def _row(node: Node, columns: Mapping[str, Column]) -> Row:
-    if node["section"].value not in SECTIONS:
-        raise node["section"].error(f"one of {', '.join(SECTIONS)}")
+    if node["section"].value not in SUITES:
+        raise node["section"].error(f"one of {', '.join(SUITES)}")
     for field, allowed in (("better", ("higher", "lower", "")), ("recovery", ("ratio", "inverse", ""))):
         if node[field].value not in allowed:
             raise node[field].error(f"one of {', '.join(map(repr, allowed))}")

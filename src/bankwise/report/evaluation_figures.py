@@ -8,8 +8,8 @@ from bankwise.report.evaluation_data import COLUMNS, Evaluation, Row
 from bankwise.report.evaluation_tables import number_format
 from bankwise.report.formats import count
 from bankwise.report.heat_map import Colours, Panel, heat_maps
+from bankwise.report.means import group_mean, groups
 from bankwise.report.point_charts import ErrorSeries, Level, PlacedPoint, error_chart, scatter_chart
-from bankwise.report.recoveries import group_mean, groups
 from bankwise.report.svg import BASELINE_STYLE, STYLES
 
 

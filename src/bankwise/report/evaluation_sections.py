@@ -17,7 +17,7 @@ from bankwise.report.document import Box, Code, Figures, Paragraph, Part, Sectio
 from bankwise.report.evaluation_data import ALL_SOURCES, COLUMNS, SUBSTITUTE, Evaluation
 from bankwise.report.evaluation_tables import measures_table
 from bankwise.report.formats import NOT_APPLICABLE, NOT_RUN, count, flatten, percent
-from bankwise.report.recoveries import group_mean, groups
+from bankwise.report.means import group_mean, groups
 from bankwise.report.table import Table
 
 _LONG_TABLE = 24

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from bankwise.report.evaluation_data import COLUMNS, Evaluation, Row
+from bankwise.report.evaluation_data import COLUMNS, Delta, Evaluation, Row
 from bankwise.report.evaluation_details import Number
 from bankwise.report.formats import NOT_APPLICABLE, NOT_RUN, count
-from bankwise.report.recoveries import Group, group_mean, groups
+from bankwise.report.means import Group, group_mean, groups
 from bankwise.report.table import Cell, Table
 
 HEADER = ("", *COLUMNS.values())
@@ -48,20 +48,25 @@ def measure_cell(evaluation: Evaluation, row: Row, column: str, *, is_full: bool
     if score.value is None:
         return Cell(text=NOT_APPLICABLE, small=(f"n {count(score.n)}",), is_grey=is_grey)
     show = number_format(row.unit, score.value)
-    small = [f"n {count(score.n)}"]
-    if column == evaluation.reference:
-        small.append("reference")
-    elif score.delta:
-        change = score.delta
-        signed = number_format(row.unit, score.value, sign="+")
-        pairs = f", {count(change.n)} pairs" if change.n != score.n else ""
-        small = [f"{small[0]}, Δ {signed(change.value)}", f"[{signed(change.low)}, {signed(change.high)}]{pairs}"]
+    small = count_and_change(evaluation, column, score.n, score.delta, number_format(row.unit, score.value, sign="+"))
     if column != evaluation.reference and row.recovery and evaluation.has_reference:
         small.append(f"recovery {recovery(score.recovery)}")
         if is_full and row.chance is not None:
             small.append(f"above chance {recovery(score.recovery_above_chance)}")
     error = NOT_APPLICABLE if score.standard_error is None else show(score.standard_error)
     return Cell(text=f"{show(score.value)} ± {error}", small=tuple(small), is_grey=is_grey)
+
+
+def count_and_change(
+    evaluation: Evaluation, column: str, n: int, delta: Delta | None, signed: Callable[[float], str]
+) -> list[str]:
+    """The lines of a cell that give n and the difference to the reference with its interval."""
+    if column == evaluation.reference:
+        return [f"n {count(n)}", "reference"]
+    if delta is None:
+        return [f"n {count(n)}"]
+    pairs = f", {count(delta.n)} pairs" if delta.n != n else ""
+    return [f"n {count(n)}, Δ {signed(delta.value)}", f"[{signed(delta.low)}, {signed(delta.high)}]{pairs}"]
 
 
 def number_format(unit: str, value: float, sign: str = "") -> Callable[[float], str]:

@@ -13,13 +13,13 @@ from html import escape
 
 from bankwise.report.formats import NOT_APPLICABLE, NOT_RUN
 from bankwise.report.style import STEPS, STRONG_STEPS
-from bankwise.report.svg import RIGHT, WIDTH, drawing, empty_figure, text_at
+from bankwise.report.svg import CHARACTER, RIGHT, WIDTH, drawing, empty_figure, shortened, text_at
 
-_CHARACTER = 10.3
-"""Widest advance of a label's character, in chart units, at the font size of a phone."""
-_LONGEST_LABEL = 18
+_WIDEST_LABEL = 18 * CHARACTER
 _CELL_HEIGHT, _THIN_CELL_HEIGHT = 26, 9
 _TOP = 8
+_GAP, _OVERLAP = 1.5, 0.5
+"""Between cells with text; of cells without, so that no seam shows between them."""
 _SLANT = 35
 """Degrees by which column labels are turned where they do not fit side by side."""
 _SINE = math.sin(math.radians(_SLANT))
@@ -95,8 +95,8 @@ def _panel(
     show: Callable[[float], str],
     has_text: bool,
 ) -> str:
-    labels = [_short(row) for row in rows]
-    left = 14 + _CHARACTER * max(4, *(len(label) for label in labels))
+    labels = [shortened(row, _WIDEST_LABEL) for row in rows]
+    left = 14 + CHARACTER * max(4, *(len(label) for label in labels))
     width = (WIDTH - RIGHT - left) / len(columns)
     height = _CELL_HEIGHT if has_text else max(_THIN_CELL_HEIGHT, 60 / len(rows))
     bottom = _TOP + height * len(rows)
@@ -109,13 +109,13 @@ def _panel(
             parts.append(f"<g>{tip}{shown}</g>" if tip else shown)
     for i, values in enumerate(panel.values):
         parts += _cells(values, left, _TOP + height * i, width, height, colours, show if has_text else None)
-    needed = max(len(_short(column)) for column in columns) * _CHARACTER
+    needed = max(len(shortened(column, _WIDEST_LABEL)) for column in columns) * CHARACTER
     is_slanted = has_text and needed + 6 > width
     end = bottom + (needed * _SINE + 14 if is_slanted else 20)
     stride = 1 if is_slanted else max(1, math.ceil((needed + 8) / width))
     for j in range(0, len(columns), stride):
         x, y = left + width * (j + 0.5), bottom + 19
-        shown = text_at(x, y, _short(columns[j]), anchor="end" if is_slanted else "middle")
+        shown = text_at(x, y, shortened(columns[j], _WIDEST_LABEL), anchor="end" if is_slanted else "middle")
         parts.append(f'<g transform="rotate(-{_SLANT} {x:.1f} {y:.1f})">{shown}</g>' if is_slanted else shown)
     parts.append(text_at((left + WIDTH - RIGHT) / 2, end + 22, f"{x_axis} →", "label"))
     parts.append(text_at(4, end + 22, f"{y_axis} ↓", "label", "start"))
@@ -140,7 +140,7 @@ def _cells(
         end = start + 1
         while show is None and end < len(values) and _step(colours, values[end]) == step:
             end += 1
-        x, gap = left + width * start, 1.5 if show else 0.0
+        x, gap = left + width * start, _GAP if show else -_OVERLAP
         css = "gap" if step is None else colours.css(step)
         parts.append(
             f'<rect class="{css}" x="{x:.1f}" y="{top:.1f}" width="{width * (end - start) - gap:.1f}" '
@@ -183,7 +183,3 @@ def _description(panel: Panel, rows: Sequence[str], show: Callable[[float], str]
 
 def _range(values: Sequence[float], show: Callable[[float], str]) -> str:
     return f"{show(min(values))} to {show(max(values))}" if values else NOT_APPLICABLE
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…"

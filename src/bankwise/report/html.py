@@ -6,10 +6,10 @@ both; the CSV is that of the evaluation.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from bankwise.errors import DataError
+from bankwise.files import write_text
 from bankwise.report.document import Box, Document, Heading, Paragraph, Part, Section
 from bankwise.report.evaluation_csv import csv_report
 from bankwise.report.evaluation_data import Evaluation, read_evaluation
@@ -45,10 +45,10 @@ def write_report(folder: Path) -> Path:
     evaluation = read_evaluation(folder / "report.json") if is_evaluation else None
     document = report(run, evaluation)
     if evaluation:
-        _write_whole(folder / "report.csv", csv_report(evaluation))
-    _write_whole(folder / "report.md", document.markdown())
+        write_text(folder / "report.csv", csv_report(evaluation))
+    write_text(folder / "report.md", document.markdown())
     path = folder / "report.html"
-    _write_whole(path, document.html())
+    write_text(path, document.html())
     return path
 
 
@@ -91,12 +91,3 @@ def report(run: RunFolder | None, evaluation: Evaluation | None) -> Document:
 def _is_quantised(model: str, evaluation: Evaluation | None) -> bool:
     models = [column.model for column in evaluation.columns.values()] if evaluation else []
     return _QUANTISED_MODEL in (model, *models)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-from bankwise.report.evaluation_data import COLUMNS, Evaluation
+from bankwise.report.evaluation_data import COLUMNS, Evaluation, Row
 from bankwise.report.evaluation_details import AnswerClasses, RulerSummary
-from bankwise.report.evaluation_tables import HEADER
+from bankwise.report.evaluation_tables import HEADER, count_and_change, recovery
 from bankwise.report.formats import NOT_APPLICABLE, NOT_RUN, count, share_or_gap
+from bankwise.report.means import score_mean
 from bankwise.report.table import Cell, Table
 
 _ALL_TASKS = 13
@@ -28,7 +30,11 @@ def ruler_means_table(evaluation: Evaluation, *, is_compatible: bool) -> Table:
             if one.is_compatible == is_compatible
         }
     )
-    note = f"{'; '.join(lists)}. Nulls: empty answers. " if lists else ""
+    note = ""
+    if lists:
+        note = (
+            f"{'; '.join(lists)}. Errors and intervals: from the tasks' own, as if independent. Nulls: empty answers. "
+        )
     if is_compatible:
         rows = [*rows, *effective_lengths(evaluation), *_weighted_averages(evaluation)]
         note += (
@@ -55,22 +61,44 @@ def ruler_means(evaluation: Evaluation, *, is_compatible: bool) -> list[NamedRow
         tasks = next(summaries[key].tasks for summaries in found.values() if key in summaries)
         small = (_mean_of(tasks), *([permutation] if permutation else []))
         name = Cell(text=f"RULER, {count(length)} tokens" if is_compatible else f"{count(length)} tokens", small=small)
-        rows.append((name, _summary_cells(found, key, tasks)))
+        summaries = {column: by_key[key] for column, by_key in found.items() if key in by_key}
+        rows.append((name, partial(_mean_cell, evaluation, summaries, tasks)))
     return rows
 
 
-def _summary_cells(
-    found: dict[str, dict[tuple[str, int], RulerSummary]], key: tuple[str, int], tasks: Sequence[str]
-) -> Callable[[str], Cell]:
-    def cell(column: str) -> Cell:
-        summary = found.get(column, {}).get(key)
-        if summary is None:
-            return Cell(text=NOT_RUN)
-        other = [] if summary.tasks == tasks else [_mean_of(summary.tasks)]
-        text = NOT_APPLICABLE if summary.mean is None else f"{summary.mean:.2f}"
-        return Cell(text=text, small=(f"nulls {summary.nulls or NOT_APPLICABLE}", *other))
+def _mean_cell(
+    evaluation: Evaluation, summaries: Mapping[str, RulerSummary], tasks: Sequence[str], column: str
+) -> Cell:
+    """Mean of the tasks with its error, difference and recovery, as their own rows have them, and the nulls."""
+    summary, other = summaries.get(column), summaries.get(evaluation.reference)
+    if summary is None:
+        return Cell(text=NOT_RUN)
+    nulls = f"nulls {summary.nulls or NOT_APPLICABLE}"
+    different = [] if summary.tasks == tasks else [_mean_of(summary.tasks)]
+    if summary.mean is None:
+        return Cell(text=NOT_APPLICABLE, small=(nulls, *different))
+    rows = [row for task in summary.tasks if (row := _official_row(evaluation, summary, task, column))]
+    if len(rows) < len(summary.tasks):
+        return Cell(text=f"{summary.mean:.2f} ± {NOT_APPLICABLE}", small=(nulls, *different))
+    found = score_mean(rows, column)
+    error = NOT_APPLICABLE if found.standard_error is None else f"{found.standard_error:.2f}"
+    small = count_and_change(evaluation, column, found.n, found.delta, lambda value: f"{value:+.2f}")
+    if column != evaluation.reference and other and other.mean:
+        small.append(f"recovery {recovery(100 * summary.mean / other.mean)}")
+    return Cell(text=f"{summary.mean:.2f} ± {error}", small=(*small, nulls, *different))
 
-    return cell
+
+def _official_row(evaluation: Evaluation, summary: RulerSummary, task: str, column: str) -> Row | None:
+    """The task's official score at the summary's length and permutation, where the column has it."""
+    place = (task, summary.length, summary.permutation)
+    return next(
+        (
+            row
+            for row in evaluation.section("ruler")
+            if row.is_headline and (row.task, row.length, row.variant) == place and column in row.scores
+        ),
+        None,
+    )
 
 
 def effective_lengths(evaluation: Evaluation) -> list[NamedRow]:

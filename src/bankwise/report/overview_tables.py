@@ -8,7 +8,7 @@ from bankwise.report.evaluation_data import COLUMNS, Evaluation, Row, check_eval
 from bankwise.report.evaluation_tables import HEADER, group_cell, group_name, measure_cell, row_name, row_title
 from bankwise.report.formats import NOT_APPLICABLE, NOT_RUN, count, plain, share_or_gap
 from bankwise.report.long_context_tables import NamedRow, effective_lengths, ruler_means
-from bankwise.report.recoveries import Group, groups
+from bankwise.report.means import Group, groups
 from bankwise.report.table import Cell, Table
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from bankwise.report.formats import NOT_RUN
 from bankwise.report.svg import (
+    CHARACTER,
+    HEIGHT,
     LEFT,
     LEVEL_STYLE,
+    LINE,
     RIGHT,
     WIDTH,
     Style,
@@ -19,6 +22,7 @@ from bankwise.report.svg import (
     nice_ticks,
     padded,
     scale,
+    shortened,
     text_at,
     tick_labels,
     x_label,
@@ -84,9 +88,14 @@ def error_chart(
     ends += [level.value] if level else []
     to_y, parts = y_axis(*padded(min(ends), max(ends), 0.06), y_label)
     slot = (WIDTH - RIGHT - LEFT) / len(categories)
+    # Labels that would touch stand on two lines in turn.
+    lines = 1 + any(len(category) * CHARACTER > slot for category in categories)
     for i, category in enumerate(categories):
-        parts.append(x_tick(LEFT + slot * (i + 0.5), category))
-    parts.append(x_label(x_axis))
+        x = LEFT + slot * (i + 0.5)
+        label = shortened(category, 0.95 * slot * lines)
+        inward = min(0.0, WIDTH - x - len(label) * CHARACTER / 2)
+        parts.append(x_tick(x, label, lines_down=i % lines, shift=inward))
+    parts.append(x_label(x_axis, lines_down=lines - 1))
     if level:
         y = to_y(level.value)
         parts.append(
@@ -100,7 +109,7 @@ def error_chart(
         places = [LEFT + slot * (i + 0.5) + shift for i in range(len(categories))]
         parts.append(_series(one, places, categories, to_y, show, is_joined))
     description = "; ".join(f"{one.name} " + ", ".join(_with_error(pair, show) for pair in one.known) for one in drawn)
-    return figure(title, description, parts, caption, legend=key)
+    return figure(title, description, parts, caption, legend=key, height=HEIGHT + LINE * (lines - 1))
 
 
 def scatter_chart(
@@ -123,9 +132,8 @@ def scatter_chart(
         parts.append(f'<g class="{point.style.colour}">{marker(point.style.shape, to_x(x), to_y(y), tip)}</g>')
         if point.is_labelled:
             is_left = to_x(x) > WIDTH * 0.6
-            parts.append(
-                text_at(to_x(x) + (-9 if is_left else 9), to_y(y) + 5, point.name, "", "end" if is_left else "start")
-            )
+            name, anchor = shortened(point.name, WIDTH / 2), "end" if is_left else "start"
+            parts.append(text_at(to_x(x) + (-9 if is_left else 9), to_y(y) + 5, name, "", anchor))
     description = "; ".join(f"{point.name} {show(place[1])} at {place[0]:.3g}" for point, place in placed)
     absent = [point.name for point in points if not point.place]
     description += f"; {NOT_RUN}: {', '.join(absent)}" if absent else ""

@@ -52,10 +52,11 @@ body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 sy
 main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 64px; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 44px 0 12px; padding-top: 12px; border-top: 1px solid var(--rule); }
-h3 { font-size: 1rem; margin: 18px 0 6px; } figure h3 { margin: 0; }
+h3 { font-size: 1rem; margin: 18px 0 6px; } h2, h3, nav a { overflow-wrap: anywhere; } figure h3 { margin: 0; }
 p { max-width: 76ch; margin: 0 0 12px; overflow-wrap: break-word; }
 a { color: var(--link); }
 .quiet, .note, figcaption, .muted, .grey { color: var(--quiet); }
+.note, figcaption, .scale, summary { overflow-wrap: anywhere; }
 .note, figcaption { font-size: 0.875rem; line-height: 1.45; max-width: 84ch; }
 .notice { background: var(--box); border-left: 4px solid var(--companion); padding: 12px 16px; margin: 16px 0 20px;
   overflow-wrap: anywhere; }
@@ -71,7 +72,7 @@ nav a { display: inline-block; padding: 4px 0; }
 .figures { display: grid; margin: 18px 0; gap: 28px 36px; grid-template-columns: minmax(0, 1fr); }
 @media (min-width: 900px) { .figures { grid-template-columns: 1fr 1fr; } }
 figure { margin: 0; min-width: 0; max-width: 560px; display: grid;
-  grid-row: span 4; grid-template-rows: subgrid; row-gap: 6px; }
+  grid-row: span 4; grid-template: subgrid / minmax(0, 1fr); row-gap: 6px; }
 figure.wide figcaption { margin-top: 8px; }
 figure.wide { display: block; grid-column: 1 / -1; max-width: none; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 14px 36px; }
@@ -89,15 +90,14 @@ svg .line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: 
 svg .line.thin { stroke-width: 1.4; }
 svg circle, svg rect, svg path:not(.line) { fill: currentColor; }
 svg circle.hollow { fill: var(--page); stroke: currentColor; stroke-width: 1.8; }
-svg rect[class] { shape-rendering: crispEdges; }
 svg rect.gap { fill: none; stroke: var(--rule); stroke-dasharray: 3 3; }
 svg .faint { opacity: 0.4; } svg .faint .line { stroke-width: 1; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 0; padding: 0;
   align-content: start;
   font-size: 0.875rem; }
-.legend li { display: flex; align-items: center; gap: 7px; }
+.legend li { overflow-wrap: anywhere; display: flex; align-items: center; gap: 7px; }
 .scroll.long { max-height: 85vh; }
-.scroll { overflow: auto; margin: 0 0 10px; border: 1px solid var(--rule); border-radius: 8px; }
+.scroll { position: relative; overflow: auto; margin: 0 0 10px; border: 1px solid var(--rule); border-radius: 8px; }
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 0.9375rem;
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: 10px 12px 6px; }

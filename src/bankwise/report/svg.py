@@ -18,6 +18,8 @@ Scale = Callable[[float], float]
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 36, 50
 """Margins around the plot."""
+CHARACTER, LINE = 10.3, 18
+"""Widest advance of a character and height of a line of text, in chart units, at the font size of a phone."""
 
 _SHAPES = {
     "circle": '<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6">{tip}</circle>',
@@ -145,14 +147,21 @@ def y_axis(low: float, high: float, label: str) -> tuple[Scale, list[str]]:
         y = to_y(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(text_at(LEFT - 7, y + 5, shown, anchor="end"))
-    return to_y, [*parts, text_at(4, 16, label, "label", "start")]
+    return to_y, [*parts, text_at(4, 16, shortened(label, WIDTH), "label", "start")]
 
 
-def x_tick(x: float, label: str) -> str:
+def x_tick(x: float, label: str, lines_down: int = 0, shift: float = 0.0) -> str:
+    """A tick and its label, which may stand some lines lower or to the side."""
     bottom = HEIGHT - BOTTOM
     line = f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
-    return line + text_at(x, bottom + 20, label)
+    return line + text_at(x + shift, bottom + 20 + LINE * lines_down, label)
 
 
-def x_label(label: str) -> str:
-    return text_at((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 7, label, "label")
+def x_label(label: str, lines_down: int = 0) -> str:
+    return text_at((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 7 + LINE * lines_down, label, "label")
+
+
+def shortened(label: str, width: float) -> str:
+    """The label, cut with an ellipsis where it is wider than `width` chart units."""
+    fits = max(2, int(width / CHARACTER))
+    return label if len(label) <= fits else f"{label[: fits - 1]}…"

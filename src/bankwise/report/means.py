@@ -1,8 +1,8 @@
-"""Mean recovery of a group of tasks: what share of the reference's quality a model keeps, averaged over tasks.
+"""Means over tasks, read as independent: recoveries of a group of benchmarks, and scores of RULER's tasks.
 
-Tasks at chance say nothing about that and are left out. Formulas: recovery R = v / r (accuracies) or r / v (perplexity,
+Benchmarks at chance say nothing about recovery and are left out. Recovery R = v / r (accuracies) or r / v (perplexity,
 bits per byte) with v the model's value and r the reference's; its variance is that of a ratio of two correlated values
-to first order, their covariance read from the paired interval; tasks are independent.
+to first order, their covariance read from the paired interval.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bankwise.report.evaluation_data import Evaluation, Row
+from bankwise.report.evaluation_data import Delta, Evaluation, Row
 
 _INTERVAL_IN_ERRORS = 2 * 1.959964
 """Width of a 95 % interval in standard errors."""
@@ -62,6 +62,31 @@ def group_mean(evaluation: Evaluation, group: Group, column: str) -> GroupMean |
         standard_error=math.hypot(*known) / len(rows) if len(known) == len(rows) else None,
         k=len(rows),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreMean:
+    """What stands beside the mean score of several tasks: each number None where a task lacks it."""
+
+    n: int
+    """Items of all tasks."""
+    standard_error: float | None
+    delta: Delta | None
+
+
+def score_mean(rows: Sequence[Row], column: str) -> ScoreMean:
+    """Error and paired difference of the mean over the rows' values, for a column that has them all."""
+    scores = [row.scores[column] for row in rows]
+    errors = [score.standard_error for score in scores if score.standard_error is not None]
+    deltas = [score.delta for score in scores if score.delta is not None]
+    k, n = len(rows), sum(score.n for score in scores)
+    delta = None
+    if len(deltas) == k:
+        value = sum(one.value for one in deltas) / k
+        below = math.hypot(*(one.value - one.low for one in deltas)) / k
+        above = math.hypot(*(one.high - one.value for one in deltas)) / k
+        delta = Delta(value=value, low=value - below, high=value + above, n=sum(one.n for one in deltas))
+    return ScoreMean(n=n, standard_error=math.hypot(*errors) / k if len(errors) == k else None, delta=delta)
 
 
 def _recovery_error(row: Row, column: str, reference: str) -> float | None:
