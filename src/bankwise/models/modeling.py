@@ -24,7 +24,7 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 
 from bankwise.config.sparsity import SparsityConfig
-from bankwise.ffn.layer import SparseSwiGLU
+from bankwise.ffn.layer import SparseSwiGLU, sparse_layers
 from bankwise.ffn.predictor import Predictor
 from bankwise.models.export import modeling_source
 from bankwise.models.lm_loss import IGNORED_LABEL, chunked_lm_loss
@@ -140,13 +140,19 @@ class _SparseModel(PreTrainedModel):
     """What the sparse classes of the four families share."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the folder also carries the modelling file, so that it opens without bankwise."""
+        """As in transformers; the folder also carries the modelling file, so that it opens without bankwise.
+
+        Weights that a kernel packed go back to their ordinary layout first.
+        """
         self.config.auto_map = {
             "AutoConfig": f"{MODELING_MODULE}.{type(self.config).__name__}",
             "AutoModel": f"{MODELING_MODULE}.{type(self.base_model).__name__}",
         }
         if hasattr(self, "lm_head"):
             self.config.auto_map["AutoModelForCausalLM"] = f"{MODELING_MODULE}.{type(self).__name__}"
+        for layer in sparse_layers(self):
+            if layer.packed is not None:
+                layer.unpack()
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             Path(save_directory, f"{MODELING_MODULE}.py").write_text(modeling_source(), encoding="utf-8")
