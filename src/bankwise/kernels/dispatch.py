@@ -94,9 +94,7 @@ def fast_forward(layer: SparseSwiGLU, x_TD: Tensor) -> Tensor | None:
     if _tokens(x_TD) > MAX_DECODE_TOKENS or layer.routing_record is not None:
         if packed.scales_F3 is None:
             return None
-        mask_TF = bank_topk_mask(
-            layer.logits(x_TD), bank_size=layer.bank_size, active_per_bank=layer.active_per_bank
-        )
+        mask_TF = bank_topk_mask(layer.logits(x_TD), bank_size=layer.bank_size, active_per_bank=layer.active_per_bank)
         return dense_forward_int8(layer, x_TD, mask_TF)
     if torch.compiler.is_compiling():
         return run_packed(layer, packed, x_TD)
@@ -174,8 +172,8 @@ def _translated(error: RuntimeError) -> Exception:
         return error
     start = text.index("bankwise: ") + len("bankwise: ")
     return RoutingError(
-        f"{text[start:].splitlines()[0]}, so no channels can be chosen; the FFN input or the predictor weights hold NaN "
-        "or infinity"
+        f"{text[start:].splitlines()[0]}, so no channels can be chosen; the FFN input or the predictor weights hold "
+        "NaN or infinity"
     )
 
 
