@@ -69,7 +69,7 @@ def decoder(model: PreTrainedModel, ids: torch.Tensor) -> Step:
         following = token
         for _ in range(STEPS):
             following = model(following, past_key_values=cache).logits[:, -1:].argmax(-1)
-        cache.crop(CONTEXT)
+        cache.crop(-STEPS)
 
     return step
 

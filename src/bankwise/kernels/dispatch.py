@@ -96,16 +96,34 @@ def fast_forward(layer: SparseSwiGLU, x_TD: Tensor) -> Tensor | None:
             return None
         mask_TF = bank_topk_mask(layer.logits(x_TD), bank_size=layer.bank_size, active_per_bank=layer.active_per_bank)
         return dense_forward_int8(layer, x_TD, mask_TF)
+    return decode(layer, packed, x_TD)
+
+
+def runs_packed(layer: SparseSwiGLU) -> bool:
+    """Whether a few tokens of a packed layer go to the operator now."""
+    return (
+        layer.packed is not None
+        and layer.routing_record is None
+        and not (os.environ.get("BANKWISE_KERNEL") == "reference" and layer.packed.scales_F3 is None)
+    )
+
+
+def decode(
+    layer: SparseSwiGLU, packed: PackedWeights, x_TD: Tensor, *, norm: Tensor | None = None, epsilon: float = 0.0
+) -> Tensor:
+    """`run_packed`, with the error that users know for logits that are not finite."""
     if torch.compiler.is_compiling():
-        return run_packed(layer, packed, x_TD)
+        return run_packed(layer, packed, x_TD, norm=norm, epsilon=epsilon)
     try:
-        return run_packed(layer, packed, x_TD)
+        return run_packed(layer, packed, x_TD, norm=norm, epsilon=epsilon)
     except RuntimeError as error:
         raise _translated(error) from None
 
 
-def run_packed(layer: SparseSwiGLU, packed: PackedWeights, x_TD: Tensor) -> Tensor:
-    """The operator on the layer's packed weights and its predictor, no checks."""
+def run_packed(
+    layer: SparseSwiGLU, packed: PackedWeights, x_TD: Tensor, *, norm: Tensor | None = None, epsilon: float = 0.0
+) -> Tensor:
+    """The operator on the layer's packed weights and its predictor. With `norm`, x + layer(RMS norm of x) instead."""
     # Dictionaries instead of attributes: nn.Module resolves each attribute in Python, 13 of them cost 8 us a layer.
     modules = layer._modules
     predictor: Any = modules["predictor"]
@@ -127,6 +145,8 @@ def run_packed(layer: SparseSwiGLU, packed: PackedWeights, x_TD: Tensor) -> Tens
         modules["down_proj"]._parameters["bias"],  # type: ignore[union-attr]
         layer.bank_size,
         layer.active_per_bank,
+        norm,
+        epsilon,
     )
 
 

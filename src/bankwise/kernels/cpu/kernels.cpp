@@ -255,7 +255,8 @@ void linear_rows(const Linear& problem, int64_t begin, int64_t end) {
     const float bias = problem.bias.data == nullptr ? 0.0f : element(problem.bias, row);
     const float scale = W::kType == kInt8 ? weight.scales[row] : 1.0f;
     for (t = 0; t < tokens; ++t) {
-      const float value = out[t] * scale + bias;
+      float value = out[t] * scale + bias;
+      if (problem.residual.data != nullptr) value += element(problem.residual, t * weight.rows + row);
       if (problem.output_type == kFloat32) {
         ((float*)problem.output)[t * weight.rows + row] = value;
       } else {
@@ -711,7 +712,7 @@ void gather(const Decode& problem, const Selected* selected, int64_t num_selecte
   }
 }
 
-void finish(const Decode& problem, const float* acc, int64_t count, Vector bias, void* y, Type type) {
+void finish(const Decode& problem, const float* acc, int64_t count, Vector bias, Vector residual, void* y, Type type) {
   const int64_t P = problem.padded_hidden, tokens = problem.input.tokens;
   const int parts = problem.packed_type == kFloat32 ? 1 : problem.packed_type == kBFloat16 ? 2 : 4;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -727,6 +728,7 @@ void finish(const Decode& problem, const float* acc, int64_t count, Vector bias,
         float value = sums[(i % parts) * kLanes + i / parts];
         if (bias.data != nullptr) value += element(bias, block + i);
         const int64_t at = t * problem.hidden + block + i;
+        if (residual.data != nullptr) value += element(residual, at);
         if (type == kFloat32) {
           ((float*)y)[at] = value;
         } else {
@@ -735,6 +737,121 @@ void finish(const Decode& problem, const float* acc, int64_t count, Vector bias,
       }
     }
   }
+}
+
+INLINE float rounded(float value, Type type) { return type == kFloat32 ? value : from_bf16(to_bf16(value)); }
+
+INLINE void put(void* out, Type type, int64_t i, float value) {
+  if (type == kFloat32) {
+    ((float*)out)[i] = value;
+  } else {
+    ((uint16_t*)out)[i] = to_bf16(value);
+  }
+}
+
+void rms_norm(const void* x, Type type, int64_t rows, int64_t columns, Vector weight, float epsilon, void* out) {
+  const Vector input{x, type};
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t start = row * columns;
+    Floats squares = {};
+    int64_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes) {
+      const Floats values = elements(input, start + i, kLanes);
+      squares += values * values;
+    }
+    float total = sum(squares);
+    for (; i < columns; ++i) total += element(input, start + i) * element(input, start + i);
+    const float scale = 1.0f / sqrtf(total / (float)columns + epsilon);
+    for (i = 0; i < columns; ++i) {
+      put(out, type, start + i, rounded(element(input, start + i) * scale, type) * element(weight, i));
+    }
+  }
+}
+
+void rotate(void* x, Type type, int64_t heads, int64_t head, Vector cos, Vector sin) {
+  const Vector input{x, type};
+  const int64_t half = head / 2;
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t i = 0; i < half; ++i) {
+      const int64_t low = h * head + i, high = low + half;
+      const float a = element(input, low), b = element(input, high);
+      put(x, type, low, a * element(cos, i) - b * element(sin, i));
+      put(x, type, high, b * element(cos, half + i) + a * element(sin, half + i));
+    }
+  }
+}
+
+template <class W>
+void attend_of(const Attention& problem, int64_t begin, int64_t end, float* scratch) {
+  using Element = typename W::Element;
+  constexpr int kBlock = kLanes * W::kParts;
+  const int64_t shared = problem.heads / problem.groups, head = problem.head, length = problem.length;
+  const int64_t blocks = (head + kBlock - 1) / kBlock * kBlock;
+  float* scores = scratch;                    // [shared, length]
+  float* query = scratch + shared * length;   // [shared, blocks], in lane order
+  float* output = query + shared * blocks;    // the same
+  auto block = [&](const Element* p, int64_t i) __attribute__((always_inline)) {
+    return i + kBlock <= head ? load<Words>(p + i) : load_part<W>(p + i, head - i);
+  };
+  for (int64_t group = begin; group < end; ++group) {
+    const Vector queries{problem.query, W::kType};
+    memset(query, 0, 2 * shared * blocks * sizeof(float));
+    for (int64_t h = 0; h < shared; ++h) {
+      for (int64_t i = 0; i < head; ++i) {
+        query[h * blocks + lane_of(i, W::kParts)] = element(queries, (group * shared + h) * head + i) * problem.scale;
+      }
+    }
+    const Element* keys = (const Element*)problem.keys + group * problem.key_head_stride;
+    for (int64_t l = 0; l < length; ++l) {
+      for (int64_t h = 0; h < shared; ++h) {
+        Floats total = {};
+        for (int64_t i = 0; i < head; i += kBlock) {
+          Floats parts[W::kParts];
+          W::unpack(block(keys + l * problem.key_stride, i), parts);
+          for (int p = 0; p < W::kParts; ++p) total += parts[p] * load<Floats>(query + h * blocks + i + p * kLanes);
+        }
+        scores[h * length + l] = sum(total);
+      }
+    }
+    for (int64_t h = 0; h < shared; ++h) {
+      float* row = scores + h * length;
+      float highest = -INFINITY, total = 0.0f;
+      for (int64_t l = 0; l < length; ++l) highest = row[l] > highest ? row[l] : highest;
+      int64_t l = 0;
+      Floats totals = {};
+      for (; l + kLanes <= length; l += kLanes) {
+        const Floats weight = exp_of(load<Floats>(row + l) - highest);
+        store(row + l, weight);
+        totals += weight;
+      }
+      for (; l < length; ++l) total += row[l] = expf(row[l] - highest);
+      const float scale = 1.0f / (total + sum(totals));
+      for (l = 0; l < length; ++l) row[l] *= scale;
+    }
+    const Element* values = (const Element*)problem.values + group * problem.value_head_stride;
+    for (int64_t l = 0; l < length; ++l) {
+      for (int64_t i = 0; i < head; i += kBlock) {
+        Floats parts[W::kParts];
+        W::unpack(block(values + l * problem.value_stride, i), parts);
+        for (int64_t h = 0; h < shared; ++h) {
+          for (int p = 0; p < W::kParts; ++p) {
+            float* at = output + h * blocks + i + p * kLanes;
+            store(at, load<Floats>(at) + scores[h * length + l] * parts[p]);
+          }
+        }
+      }
+    }
+    for (int64_t h = 0; h < shared; ++h) {
+      for (int64_t i = 0; i < head; ++i) {
+        put(problem.output, W::kType, (group * shared + h) * head + i, output[h * blocks + lane_of(i, W::kParts)]);
+      }
+    }
+  }
+}
+
+void attend(const Attention& problem, int64_t begin, int64_t end, float* scratch) {
+  return problem.type == kFloat32 ? attend_of<F32>(problem, begin, end, scratch)
+                                  : attend_of<BF16>(problem, begin, end, scratch);
 }
 
 int64_t route(const float* logits, int64_t begin, int64_t end, int64_t bank_size, int64_t active, uint8_t* mask,
@@ -792,7 +909,7 @@ uint32_t stream(const void* data, int64_t bytes) {
 
 const Kernels* CONCAT(kernels_, BANKWISE_ISA)() {
   static constexpr Kernels table = {NAME(BANKWISE_ISA), load_input, linear, select_banks, gather,
-                                    finish,             route,      stream};
+                                    finish,             rms_norm,   rotate, attend,       route,  stream};
   return &table;
 }
 
