@@ -1,7 +1,7 @@
 """Decoding with a whole model, one token after the other: the sparse model against dense ones of the same shape.
 
 Baselines by name: `hf-dense` (the dense family's own class), `op-dense` (the same with every linear layer through the
-CPU operator, as good a dense engine as ours), and with `overhead` the time that one step spends outside the operators.
+CPU operator, as good a dense engine as ours). A last row gives the share of a step that is spent outside the operators.
 """
 
 import time
@@ -25,9 +25,14 @@ STEPS = 8
 
 @torch.no_grad()
 def bench_decode(
-    shape: Shape, *, dtype: torch.dtype = torch.bfloat16, pairs: int = 8, form: str = "gated_product",
+    shape: Shape,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    pairs: int = 8,
+    form: str = "gated_product",
     weights: Weights = "as_is",
-) -> list[BenchResult]:  # fmt: skip
+    idle_only: bool = False,
+) -> list[BenchResult]:
     """Milliseconds per token of the sparse model, prepared as `bankwise generate` prepares it."""
     sparsity = SparsityConfig(predictor_rank=shape.rank, predictor_form=form)  # type: ignore[arg-type]
     sparse = random_model(shape, dtype, sparsity)
@@ -36,7 +41,7 @@ def bench_decode(
     }  # fmt: skip
     ids = torch.randint(1, shape.vocab, (1, CONTEXT), generator=torch.Generator().manual_seed(1))
     before = sparse(ids[:, :9]).logits[:, -1].float()
-    moved = _bytes_per_token(sparse, shape)
+    moved = _bytes_per_token(sparse, shape, weights)
     prepare(sparse, weights=weights)
     impl = "sparse" if weights == "as_is" else "sparse-int8"
     cache = DynamicCache(config=sparse.config)
@@ -51,12 +56,12 @@ def bench_decode(
     engine = random_model(shape, dtype, None)
     prepare(engine)
     baselines = {"hf-dense": decoder(dense, ids), "op-dense": decoder(engine, ids)}
-    timings = interleave(decoder(sparse, ids), baselines, pairs=pairs, min_seconds=0.0)
+    timings = interleave(decoder(sparse, ids), baselines, pairs=pairs, min_seconds=0.0, idle_only=idle_only)
     rows = [timed_row(impl, name, timing, moved * STEPS, fields) for name, timing in timings.items()]
     for row in rows:
         row.p10_ms, row.p50_ms, row.p90_ms = row.p10_ms / STEPS, row.p50_ms / STEPS, row.p90_ms / STEPS
         row.base_p50_ms, row.bytes = row.base_p50_ms / STEPS, moved
-    return [*rows, _overhead(sparse, ids, pairs, fields)]
+    return [*rows, _overhead(impl, sparse, ids, pairs, fields)]
 
 
 def decoder(model: PreTrainedModel, ids: torch.Tensor) -> Step:
@@ -74,22 +79,24 @@ def decoder(model: PreTrainedModel, ids: torch.Tensor) -> Step:
     return step
 
 
-def _bytes_per_token(model: PreTrainedModel, shape: Shape) -> int:
+def _bytes_per_token(model: PreTrainedModel, shape: Shape, weights: Weights) -> int:
     """Weights that one token reads: a quarter of the feed-forward, all else but an embedding that is only looked up."""
     total = 0
     for name, value in model.named_parameters():
         if "embed_tokens" in name and not shape.tied:
             continue
+        is_quantised = weights == "int8" and value.dim() == 2 and "predictor" not in name
+        size = value.numel() if is_quantised else value.nbytes
         is_gathered = any(part in name for part in ("gate_proj", "up_proj", "down_proj"))
-        total += value.nbytes // 4 if is_gathered else value.nbytes
+        total += size // 4 if is_gathered else size
     return total
 
 
-def _overhead(model: PreTrainedModel, ids: torch.Tensor, pairs: int, fields: dict[str, Any]) -> BenchResult:
+def _overhead(impl: str, model: PreTrainedModel, ids: torch.Tensor, pairs: int, fields: dict[str, Any]) -> BenchResult:
     """Share of a step that is spent outside the operators: `ratio` is overhead / step here."""
     inside = 0.0
     operators = torch.ops.bankwise
-    names = ("ffn_decode", "linear")
+    names = ("ffn_decode", "linear", "attention_input", "attention_output")
     originals = {name: getattr(operators, name) for name in names}
 
     def timed(function: Any) -> Any:
@@ -120,7 +127,7 @@ def _overhead(model: PreTrainedModel, ids: torch.Tensor, pairs: int, fields: dic
     ratio_p10, ratio_p50, ratio_p90 = quantiles(shares)
     return stamped(
         BenchResult(
-            impl="sparse", baseline="share outside operators", pairs=len(shares), p10_ms=p10, p50_ms=p50, p90_ms=p90,
+            impl=impl, baseline="share outside operators", pairs=len(shares), p10_ms=p10, p50_ms=p50, p90_ms=p90,
             ratio_p10=ratio_p10, ratio_p50=ratio_p50, ratio_p90=ratio_p90, **fields,
         )
     )  # fmt: skip
