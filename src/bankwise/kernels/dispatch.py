@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bankwise.errors import KernelError, RoutingError
-from bankwise.ffn.bank import bank_topk_mask
+from bankwise.ffn.bank import BankCut, bank_topk_mask
 from bankwise.ffn.layer import SparseSwiGLU
 from bankwise.kernels.cpu import library
 from bankwise.kernels.cpu.packing import PackedWeights, dense_forward_int8, is_current, pack
@@ -97,6 +97,26 @@ def fast_forward(layer: SparseSwiGLU, x_TD: Tensor) -> Tensor | None:
         mask_TF = bank_topk_mask(layer.logits(x_TD), bank_size=layer.bank_size, active_per_bank=layer.active_per_bank)
         return dense_forward_int8(layer, x_TD, mask_TF)
     return decode(layer, packed, x_TD)
+
+
+def fast_cut(logits_TF: Tensor, bank_size: int, active_per_bank: int) -> BankCut | None:
+    """`ffn.bank.cut_banks` by the operator, which selects without a sort and on all threads; the same bits."""
+    if (
+        logits_TF.device.type != "cpu"
+        or logits_TF.dtype != torch.float32
+        or active_per_bank == bank_size
+        or bank_size > library.MAX_BANK
+        or requested_kernel() == "reference"
+        or cpu_operators().kernel != "cpu"
+    ):
+        return None
+    try:
+        mask_TF, threshold_TN1 = torch.ops.bankwise.route(logits_TF, bank_size, active_per_bank)
+    except RuntimeError as error:
+        if "router logits are not finite" in str(error):
+            return None  # the reference raises the error that users know
+        raise
+    return BankCut(mask_TF, threshold_TN1)
 
 
 def runs_packed(layer: SparseSwiGLU) -> bool:
