@@ -35,6 +35,8 @@ typedef float Floats __attribute__((vector_size(kBytes)));
 typedef int32_t Ints __attribute__((vector_size(kBytes)));
 typedef uint32_t Words __attribute__((vector_size(kBytes)));
 
+typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
+
 #define INLINE inline __attribute__((always_inline))
 
 template <class V>
@@ -76,6 +78,7 @@ INLINE Floats sum_rows(Floats* rows) {
   if constexpr (G == kLanes) {
     return rows[0];
   } else {
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes / (2 * G); ++i) {
       rows[i] = pair_sum<G>(rows[2 * i], rows[2 * i + 1], typename MakeIndices<kLanes>::type());
     }
@@ -118,6 +121,7 @@ INLINE Floats elements(Vector vector, int64_t start, int count) {
     memcpy(lanes, (const float*)vector.data + start, count * sizeof(float));
   } else {
     const uint16_t* halves = (const uint16_t*)vector.data + start;
+    if (count == kLanes) return (Floats)(__builtin_convertvector(load<Halves>(halves), Words) << 16);
     uint32_t words[kLanes] = {};
     for (int i = 0; i < count; ++i) words[i] = (uint32_t)halves[i] << 16;
     memcpy(lanes, words, sizeof(lanes));
@@ -341,24 +345,13 @@ INLINE Floats expected_energy(Floats gate, Floats up, Floats gate_log_noise, Flo
   return gate_energy + 2.0f * log_sigmoid + log_of(up * up + exp_of(up_log_noise));
 }
 
-// kLanes rows times the code of one token, from column `first` on; the sum of row i is in lane i.
+// `rows` <= kLanes rows times the code of one token, from column `first` on; the sum of row i is in lane i.
 template <class W>
-INLINE Floats dot_rows(const typename W::Element* w, int64_t stride, int rows, const float* code, int64_t columns) {
+__attribute__((noinline)) Floats dot_some_rows(const typename W::Element* w, int64_t stride, int rows, const float* code,
+                                               int64_t first, int64_t columns) {
   constexpr int kBlock = kLanes * W::kParts;
   Floats acc[kLanes] = {};
-  int64_t i = 0;
-  if (rows == kLanes) {
-    for (; i + kBlock <= columns; i += kBlock) {
-      Floats c[W::kParts];
-      for (int p = 0; p < W::kParts; ++p) c[p] = load<Floats>(code + i + p * kLanes);
-      for (int row = 0; row < kLanes; ++row) {
-        Floats parts[W::kParts];
-        W::unpack(load<Words>(w + row * stride + i), parts);
-        for (int p = 0; p < W::kParts; ++p) acc[row] += parts[p] * c[p];
-      }
-    }
-  }
-  for (; i < columns; i += kBlock) {
+  for (int64_t i = first; i < columns; i += kBlock) {
     const int64_t count = columns - i < kBlock ? columns - i : kBlock;
     for (int row = 0; row < rows; ++row) {
       Floats parts[W::kParts];
@@ -367,6 +360,30 @@ INLINE Floats dot_rows(const typename W::Element* w, int64_t stride, int rows, c
     }
   }
   return sum_rows(acc);
+}
+
+template <class W>
+INLINE Floats dot_rows(const typename W::Element* w, int64_t stride, int rows, const float* code, int64_t columns) {
+  constexpr int kBlock = kLanes * W::kParts;
+  if (rows < kLanes) return dot_some_rows<W>(w, stride, rows, code, 0, columns);
+  Floats acc[kLanes];  // unrolled, so that it stays in registers
+#pragma GCC unroll 16
+  for (int row = 0; row < kLanes; ++row) acc[row] = Floats{};
+  int64_t i = 0;
+  for (; i + kBlock <= columns; i += kBlock) {
+    Floats c[W::kParts];
+    for (int p = 0; p < W::kParts; ++p) c[p] = load<Floats>(code + i + p * kLanes);
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes; ++row) {
+      // The same place of the rows that come next; past the last row nothing is read.
+      __builtin_prefetch(w + (row + kLanes) * stride + i);
+      Floats parts[W::kParts];
+      W::unpack(load<Words>(w + row * stride + i), parts);
+      for (int p = 0; p < W::kParts; ++p) acc[row] += parts[p] * c[p];
+    }
+  }
+  const Floats total = sum_rows(acc);
+  return i < columns ? total + dot_some_rows<W>(w, stride, rows, code, i, columns) : total;
 }
 
 // One bit per channel of a bank.
