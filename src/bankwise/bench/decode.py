@@ -4,6 +4,7 @@ Baselines by name: `hf-dense` (the dense family's own class), `op-dense` (the sa
 CPU operator, as good a dense engine as ours). A last row gives the share of a step that is spent outside the operators.
 """
 
+import dataclasses
 import time
 from typing import Any
 
@@ -40,18 +41,13 @@ def bench_decode(
         "bench": "decode", "tokens": 1, "D": shape.hidden, "F": shape.ffn, "R": shape.rank, "dtype": str(dtype)[6:],
     }  # fmt: skip
     ids = torch.randint(1, shape.vocab, (1, CONTEXT), generator=torch.Generator().manual_seed(1))
-    before = sparse(ids[:, :9]).logits[:, -1].float()
+    impl = "sparse" if weights == "as_is" else "sparse-int8"
+    error, allowed = _errors(shape, dtype, sparsity, weights, ids)
+    if not error <= allowed:
+        reason = f"logits differ from those in float32: relative error {error:.2e}, allowed {allowed:.2e}"
+        return [stamped(BenchResult(impl=impl, status="wrong", reason=reason, **fields))]
     moved = _bytes_per_token(sparse, shape, weights)
     prepare(sparse, weights=weights)
-    impl = "sparse" if weights == "as_is" else "sparse-int8"
-    cache = DynamicCache(config=sparse.config)
-    sparse(ids[:, :8], past_key_values=cache)
-    after = sparse(ids[:, 8:9], past_key_values=cache).logits[:, -1].float()
-    error = float((after - before).square().mean().sqrt() / before.square().mean().sqrt())
-    # bfloat16 activations of two code paths, 28 layers deep: 3-5 % of the logits' spread at the 1.5B shape.
-    if not error <= 0.15:
-        reason = f"logits differ from the reference: relative error {error:.2e}"
-        return [stamped(BenchResult(impl=impl, status="wrong", reason=reason, **fields))]
     dense = random_model(shape, dtype, None)
     engine = random_model(shape, dtype, None)
     prepare(engine)
@@ -62,6 +58,31 @@ def bench_decode(
         row.p10_ms, row.p50_ms, row.p90_ms = row.p10_ms / STEPS, row.p50_ms / STEPS, row.p90_ms / STEPS
         row.base_p50_ms, row.bytes = row.base_p50_ms / STEPS, moved
     return [*rows, _overhead(impl, sparse, ids, pairs, fields)]
+
+
+def _errors(
+    shape: Shape, dtype: torch.dtype, sparsity: SparsityConfig, weights: Weights, ids: torch.Tensor
+) -> tuple[float, float]:
+    """Relative error of a decoded token's logits against the reference in float32, and what is allowed.
+
+    Two layers of the shape: with random weights every channel is near the cut, and in bfloat16 the channels that change
+    sides add up over 28 layers, in the reference as in the operators.
+    """
+    shape = dataclasses.replace(shape, layers=min(2, shape.layers))
+    model: Any = random_model(shape, dtype, sparsity)
+    exact = model.to(torch.float32)(ids[:, :9]).logits[:, -1]
+    model.to(dtype)
+    plain = model(ids[:, :9]).logits[:, -1].float()
+    prepare(model, weights=weights)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :8], past_key_values=cache)
+    decoded = model(ids[:, 8:9], past_key_values=cache).logits[:, -1].float()
+
+    def error(logits: torch.Tensor) -> float:
+        return float((logits - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+    # int8 was 0.05 to 0.17 off on these random weights, with a plain bfloat16 model 0.02 to 0.12 off.
+    return error(decoded), 0.3 if weights == "int8" else max(1.5 * error(plain), 1e-5)
 
 
 def decoder(model: PreTrainedModel, ids: torch.Tensor) -> Step:

@@ -49,8 +49,8 @@ class _DecodeLayer(nn.Module):
             and query.dtype == hidden_states.dtype
             and query.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
-            and not any(_is_hooked(module) for module in self._modules.values())
-            and not any(_is_hooked(module) for module in attention._modules.values())
+            and not _any_hooked(self._modules)
+            and not _any_hooked(attention._modules)
         )
 
     def _decode(self, x: Tensor, cache: Any, cos: Tensor, sin: Tensor) -> Tensor:
@@ -107,5 +107,8 @@ DECODE_LAYERS: dict[type, type] = {
 """Layer class of a family -> its class in a prepared model."""
 
 
-def _is_hooked(module: Any) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+def _any_hooked(modules: Any) -> bool:
+    for module in modules.values():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return True
+    return False
