@@ -16,7 +16,7 @@ import bankwise.pipeline
 from bankwise.cli import main
 from bankwise.config import CalibrationConfig, DataSource, EvalConfig, Recipe, SparsityConfig, Stage, load_recipe
 
-COMMANDS = ("run", "upcycle", "train", "eval", "report", "data", "generate", "env")
+COMMANDS = ("run", "upcycle", "train", "eval", "report", "data", "generate", "bench", "env")
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,7 @@ WINDOWS = ["perplexity.windows=3", "perplexity.seq_len=32"]
 @pytest.mark.parametrize(("which", "column", "active"), [("sparse", "sparse", 0.25), ("model", "dense", 1.0)])
 def test_eval_prints_a_table_or_json(which, column, active, texts, capsys, request):
     folder = request.getfixturevalue(which)
+    capsys.readouterr()  # of the conversion
     arguments = ["eval", str(folder), *WINDOWS, "--data", str(texts)]
     assert main([*arguments, "--json"]) == 0
     captured = capsys.readouterr()
@@ -138,6 +139,7 @@ def test_eval_of_a_run_measures_all_its_models_and_writes_the_report(recipe, tmp
     names = [column["name"] for column in report["columns"]]
     assert names == ["dense", "companion", "narrow", "untrained", "sparse", "cats", "random_fixed"]
     assert report["reference"] == "companion"
+    assert [column["active_fraction"] for column in report["columns"]][:5] == [1.0, 1.0, 0.25, 0.25, 0.25]
     assert str(run / "report.html") in out
     for name in ("report.html", "report.md", "report.csv"):
         assert (run / name).stat().st_mtime >= (run / "report.json").stat().st_mtime

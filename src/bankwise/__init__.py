@@ -6,7 +6,7 @@ Importing the package registers the model types `bankwise_llama`, `bankwise_mist
 
 __version__ = "0.1.0"
 
-from bankwise import ffn, models
+from bankwise import ffn, inference, kernels, models
 from bankwise.config import CalibrationConfig, DataSource, EvalConfig, Recipe, SparsityConfig, Stage
 from bankwise.evaluation import evaluate
 from bankwise.pipeline import RunResult, run, train
@@ -23,6 +23,8 @@ __all__ = [
     "__version__",
     "evaluate",
     "ffn",
+    "inference",
+    "kernels",
     "models",
     "run",
     "train",

@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -121,8 +122,26 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--max-new-tokens", type=int, default=64, help="(%(default)s)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    sub.add_argument(
+        "--weights", choices=["as_is", "int8"], default="as_is", help="8-bit weights: half the bytes (%(default)s)"
+    )
 
-    command("env", _env, "versions and devices, for bug reports")
+    sub = command("bench", _bench, "time sparse against dense, interleaved; random weights, nothing to download")
+    sub.add_argument("what", choices=["ffn", "decode", "prefill", "train-step"])
+    sub.add_argument("--shape", default="smollm2-135m", help="model shape: %(default)s, qwen2.5-1.5b, qwen2.5-7b")
+    sub.add_argument("--tokens", type=int, help="tokens at once (ffn: 1, prefill: 256, train-step: 1024)")
+    sub.add_argument("--pairs", type=int, help="pairs of measurements (ffn: 20, decode and train-step: 8, prefill: 6)")
+    sub.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="(%(default)s)")
+    sub.add_argument("--form", choices=["gated_product", "linear"], default="gated_product", help="(%(default)s)")
+    sub.add_argument("--int8", action="store_true", help="ffn, decode: 8-bit weights")
+    sub.add_argument("--no-compile", action="store_true", help="ffn: without the compiled dense baseline")
+    sub.add_argument(
+        "--idle", action="store_true", help="count only pairs while other processes use under 10 %% of a core"
+    )
+    sub.add_argument("--threads", type=int, help="threads of torch (default: all cores)")
+    sub.add_argument("--csv", type=Path, help="also write the rows here")
+
+    command("env", _env, "versions, devices and the kernel that will run, for bug reports")
     return parser
 
 
@@ -253,9 +272,10 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from bankwise.inference import generate_text
+    from bankwise.inference import generate_text, prepare
 
     model, tokenizer = load_model(options.model)
+    prepare(model.eval(), weights=options.weights)
     text = generate_text(
         model,
         tokenizer,
@@ -266,6 +286,47 @@ def _generate(options: argparse.Namespace) -> int:
     )
     print(options.prompt + text)
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import torch
+
+    from bankwise import bench
+    from bankwise.bench.shapes import named_shape
+    from bankwise.kernels.cpu import library
+
+    shape = named_shape(options.shape)
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ConfigError(f"threads={options.threads} must be at least 1")
+        torch.set_num_threads(options.threads)
+    library.load()
+    settings: dict[str, Any] = {"form": options.form, "idle_only": options.idle}
+    if options.pairs is not None:
+        if options.pairs < 1:
+            raise ConfigError(f"pairs={options.pairs} must be at least 1")
+        settings["pairs"] = options.pairs
+    if options.tokens is not None:
+        most = library.MAX_TOKENS if options.what == "ffn" else 4096
+        if options.what == "decode" or not 1 <= options.tokens <= most:
+            raise ConfigError(
+                f"tokens={options.tokens} does not fit `bench {options.what}`; ffn takes 1 to 8, decode none"
+            )
+        settings["tokens"] = options.tokens
+    if options.what != "train-step":
+        settings["dtype"] = getattr(torch, options.dtype)
+    if options.what == "ffn":
+        results = bench.bench_ffn(shape, int8=options.int8, compiled=not options.no_compile, **settings)
+    elif options.what == "decode":
+        results = bench.bench_decode(shape, weights="int8" if options.int8 else "as_is", **settings)
+    elif options.what == "prefill":
+        results = bench.bench_prefill(shape, **settings)
+    else:
+        results = bench.bench_train_step(shape, **settings)
+    bench.print_table(results)
+    if options.csv is not None:
+        bench.write_csv(results, options.csv)
+    return 1 if any(result.status != "ok" for result in results) else 0
 
 
 def _env(options: argparse.Namespace) -> int:
@@ -284,11 +345,22 @@ def _env(options: argparse.Namespace) -> int:
         "datasets": datasets.__version__,
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
-        "kernel": "reference (PyTorch, masked dense): this version has no other",
+        "kernel": _kernel_line(),
     }
     for name, value in rows.items():
         print(f"{name:13} {value}")
     return 0
+
+
+def _kernel_line() -> str:
+    from bankwise.kernels import dispatch
+
+    if dispatch.requested_kernel() == "reference":
+        return "reference (PyTorch, masked dense): BANKWISE_KERNEL=reference"
+    operators = dispatch.cpu_operators()
+    if operators.kernel == "reference":
+        return f"reference (PyTorch, masked dense): {operators.reason}"
+    return f"cpu: {operators.reason}; up to {dispatch.MAX_DECODE_TOKENS} tokens at once, the reference above"
 
 
 if __name__ == "__main__":

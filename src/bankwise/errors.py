@@ -23,3 +23,7 @@ class RoutingError(BankwiseError, ArithmeticError):
 
 class TrainingError(BankwiseError):
     """Training had to stop; the message names the step and the last good checkpoint."""
+
+
+class KernelError(BankwiseError):
+    """A fast kernel was asked for that cannot be built, or cannot run this model, device or dtype."""

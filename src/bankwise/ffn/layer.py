@@ -2,19 +2,21 @@
 
 This is the reference path: gate and up are computed for all channels and masked before `down`, which is what training
 needs (the straight-through gradient reads dropped channels too). Parameter names and shapes are those of the dense FFN,
-so a dense checkpoint loads with only predictor keys missing.
+so a dense checkpoint loads with only predictor keys missing. `bankwise.kernels` plugs in a faster path for decoding.
 
 Shapes: T leading dimensions (tokens), D hidden, F channels, N banks, K active per bank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from bankwise.config.sparsity import SparsityConfig
+from bankwise.errors import KernelError
 from bankwise.ffn.bank import bank_topk_mask, cut_banks
 from bankwise.ffn.gates import SteUnitGate, gate_activation, selected_channels
 from bankwise.ffn.predictor import Predictor
@@ -58,6 +60,12 @@ class SparseSwiGLU(nn.Module):
     gate_weight: Tensor
     activation_mean: Tensor
     center: Tensor
+
+    fast_forward: ClassVar[Callable[[Any, Tensor], Tensor | None] | None] = None
+    """Set by `bankwise.kernels`: y of (layer, x) in inference, or None where the reference has to run."""
+
+    packed: Any = None
+    """The same weights in a kernel's layout. The dense parameters are views of it, so it is never out of date."""
 
     def __init__(
         self, hidden_size: int, ffn_size: int, sparsity: SparsityConfig, layer: int, *, bias: bool = False
@@ -111,7 +119,28 @@ class SparseSwiGLU(nn.Module):
         """h_TF of the dense SwiGLU."""
         return functional.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)
 
+    def train(self, mode: bool = True) -> Self:
+        """As in torch. Training gets the dense weights back in their ordinary layout."""
+        if mode and self.packed is not None:
+            self.unpack()
+        return super().train(mode)
+
+    def unpack(self) -> None:
+        """Undo a kernel's packing: every dense weight is contiguous and owns its memory again."""
+        self.packed = None
+        for linear in (self.gate_proj, self.up_proj, self.down_proj):
+            if linear.weight.is_meta:
+                raise KernelError(
+                    f"layer {self.layer} holds int8 weights only, made for inference; load the checkpoint again to "
+                    "train or save it"
+                )
+            linear.weight.data = linear.weight.data.clone(memory_format=torch.contiguous_format)
+
     def forward(self, x_TD: Tensor) -> Tensor:
+        if not self.training and SparseSwiGLU.fast_forward is not None and not torch.is_grad_enabled():
+            y_TD = SparseSwiGLU.fast_forward(self, x_TD)
+            if y_TD is not None:
+                return y_TD
         h_TF = self.dense_activation(x_TD)
         logits_TF = self.logits(x_TD)
         has_running_mean = self.sparsity.center == "ema" or self.sparsity.gate_mode == "default_ema"

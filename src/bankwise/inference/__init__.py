@@ -1,5 +1,9 @@
-"""Generation."""
+"""Generation, and making a model ready for it."""
 
+from bankwise.inference.decoding import prepare
 from bankwise.inference.generation import generate_text
+from bankwise.models.modeling import _SparseCausalLM
 
-__all__ = ["generate_text"]
+_SparseCausalLM.prepare_decoding = prepare
+
+__all__ = ["generate_text", "prepare"]

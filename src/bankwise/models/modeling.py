@@ -5,13 +5,14 @@ generation, gradient checkpointing and `device_map` work as they do there.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -24,7 +25,7 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 
 from bankwise.config.sparsity import SparsityConfig
-from bankwise.ffn.layer import SparseSwiGLU
+from bankwise.ffn.layer import SparseSwiGLU, sparse_layers
 from bankwise.ffn.predictor import Predictor
 from bankwise.models.export import modeling_source
 from bankwise.models.lm_loss import IGNORED_LABEL, chunked_lm_loss
@@ -140,13 +141,19 @@ class _SparseModel(PreTrainedModel):
     """What the sparse classes of the four families share."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the folder also carries the modelling file, so that it opens without bankwise."""
+        """As in transformers; the folder also carries the modelling file, so that it opens without bankwise.
+
+        Weights that a kernel packed go back to their ordinary layout first.
+        """
         self.config.auto_map = {
             "AutoConfig": f"{MODELING_MODULE}.{type(self.config).__name__}",
             "AutoModel": f"{MODELING_MODULE}.{type(self.base_model).__name__}",
         }
         if hasattr(self, "lm_head"):
             self.config.auto_map["AutoModelForCausalLM"] = f"{MODELING_MODULE}.{type(self).__name__}"
+        for layer in sparse_layers(self):
+            if layer.packed is not None:
+                layer.unpack()
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             Path(save_directory, f"{MODELING_MODULE}.py").write_text(modeling_source(), encoding="utf-8")
@@ -159,6 +166,19 @@ class _SparseModel(PreTrainedModel):
                 init.constant_(getattr(module, name), value)
         if isinstance(module, Predictor):
             init.copy_(module.bank_layout, torch.arange(module.bank_layout.numel()))
+
+
+class _SparseCausalLM(_SparseModel, GenerationMixin):
+    """What their causal language models share."""
+
+    prepare_decoding: ClassVar[Callable[[Any], Any] | None] = None
+    """Set by `bankwise.inference`: makes a model in evaluation mode ready for the fast kernels."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; in evaluation mode on a CPU the fast kernels do the decoding."""
+        if not self.training and self.device.type == "cpu" and _SparseCausalLM.prepare_decoding is not None:
+            _SparseCausalLM.prepare_decoding(self)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
 class BankwiseLlamaConfig(LlamaConfig):
@@ -229,7 +249,7 @@ class BankwiseQwen3Model(_SparseModel, Qwen3Model):
         self.post_init()
 
 
-class BankwiseLlamaForCausalLM(_SparseModel, LlamaForCausalLM):
+class BankwiseLlamaForCausalLM(_SparseCausalLM, LlamaForCausalLM):
     config_class = BankwiseLlamaConfig
     dense_forward = LlamaForCausalLM.forward
     forward = chunked_causal_lm_forward
@@ -242,7 +262,7 @@ class BankwiseLlamaForCausalLM(_SparseModel, LlamaForCausalLM):
         self.post_init()
 
 
-class BankwiseMistralForCausalLM(_SparseModel, MistralForCausalLM):
+class BankwiseMistralForCausalLM(_SparseCausalLM, MistralForCausalLM):
     config_class = BankwiseMistralConfig
     dense_forward = MistralForCausalLM.forward
     forward = chunked_causal_lm_forward
@@ -255,7 +275,7 @@ class BankwiseMistralForCausalLM(_SparseModel, MistralForCausalLM):
         self.post_init()
 
 
-class BankwiseQwen2ForCausalLM(_SparseModel, Qwen2ForCausalLM):
+class BankwiseQwen2ForCausalLM(_SparseCausalLM, Qwen2ForCausalLM):
     config_class = BankwiseQwen2Config
     dense_forward = Qwen2ForCausalLM.forward
     forward = chunked_causal_lm_forward
@@ -268,7 +288,7 @@ class BankwiseQwen2ForCausalLM(_SparseModel, Qwen2ForCausalLM):
         self.post_init()
 
 
-class BankwiseQwen3ForCausalLM(_SparseModel, Qwen3ForCausalLM):
+class BankwiseQwen3ForCausalLM(_SparseCausalLM, Qwen3ForCausalLM):
     config_class = BankwiseQwen3Config
     dense_forward = Qwen3ForCausalLM.forward
     forward = chunked_causal_lm_forward

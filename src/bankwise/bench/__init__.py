@@ -1,0 +1,19 @@
+"""`bankwise bench`: sparse against the strongest dense paths, interleaved in one run, correctness first."""
+
+from bankwise.bench.decode import bench_decode
+from bankwise.bench.ffn import bench_ffn
+from bankwise.bench.prefill import bench_prefill
+from bankwise.bench.results import BenchResult, print_table, write_csv
+from bankwise.bench.shapes import SHAPES
+from bankwise.bench.train_step import bench_train_step
+
+__all__ = [
+    "SHAPES",
+    "BenchResult",
+    "bench_decode",
+    "bench_ffn",
+    "bench_prefill",
+    "bench_train_step",
+    "print_table",
+    "write_csv",
+]

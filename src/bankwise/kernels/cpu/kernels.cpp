@@ -1,0 +1,1051 @@
+// The inner loops, written once with the vector extensions of GCC and Clang.
+//
+// Compiled once per instruction set: BANKWISE_ISA names the copy, the machine flags set the vector width (16 bytes
+// without flags, which is SSE2 on x86 and NEON on ARM).
+//
+// Lane order: a 16-bit or 8-bit weight becomes float32 by a shift inside its 32-bit lane, so a block of weights yields
+// its 1st, 3rd, ... and then its 2nd, 4th, ... elements (bfloat16), or every 4th (int8). Inputs and accumulators are
+// kept in that order, and no weight is ever shuffled.
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define CONCAT_(a, b) a##b
+#define CONCAT(a, b) CONCAT_(a, b)
+
+namespace bankwise {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+constexpr int kLanes = kBytes / 4;
+constexpr int kPad = 64;
+
+typedef float Floats __attribute__((vector_size(kBytes)));
+typedef int32_t Ints __attribute__((vector_size(kBytes)));
+typedef uint32_t Words __attribute__((vector_size(kBytes)));
+
+typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class V>
+INLINE V load(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V>
+INLINE void store(void* p, V v) {
+  memcpy(p, &v, sizeof(V));
+}
+
+INLINE Floats splat(float x) { return Floats{} + x; }
+INLINE Floats as_floats(Words w) { return (Floats)w; }
+INLINE Floats select(Ints take, Floats a, Floats b) { return (Floats)((take & (Ints)a) | (~take & (Ints)b)); }
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeIndices<0, I...> {
+  using type = Indices<I...>;
+};
+
+// Adds neighbouring groups of G lanes of a, then of b; even groups of the result come from a, odd ones from b.
+template <int G, int... I>
+INLINE Floats pair_sum(Floats a, Floats b, Indices<I...>) {
+  Floats first = __builtin_shufflevector(a, b, ((I / G) % 2 == 0 ? I : I - G + kLanes)...);
+  Floats second = __builtin_shufflevector(a, b, ((I / G) % 2 == 0 ? I + G : I + kLanes)...);
+  return first + second;
+}
+
+// rows[i] summed over its lanes, in lane i.
+template <int G = 1>
+INLINE Floats sum_rows(Floats* rows) {
+  if constexpr (G == kLanes) {
+    return rows[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / (2 * G); ++i) {
+      rows[i] = pair_sum<G>(rows[2 * i], rows[2 * i + 1], typename MakeIndices<kLanes>::type());
+    }
+    return sum_rows<2 * G>(rows);
+  }
+}
+
+INLINE float sum(Floats v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+INLINE float from_bf16(uint16_t half) {
+  uint32_t word = (uint32_t)half << 16;
+  float value;
+  memcpy(&value, &word, 4);
+  return value;
+}
+
+INLINE uint16_t to_bf16(float value) {
+  uint32_t word;
+  memcpy(&word, &value, 4);
+  if (value != value) return 0x7fc0;
+  return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+INLINE float element(Vector vector, int64_t i) {
+  return vector.type == kFloat32 ? ((const float*)vector.data)[i] : from_bf16(((const uint16_t*)vector.data)[i]);
+}
+
+// kLanes elements from `start` on, in plain order; the last `count` < kLanes of a vector are padded with zeros.
+INLINE Floats elements(Vector vector, int64_t start, int count) {
+  float lanes[kLanes] = {};
+  if (vector.type == kFloat32) {
+    if (count == kLanes) return load<Floats>((const float*)vector.data + start);
+    memcpy(lanes, (const float*)vector.data + start, count * sizeof(float));
+  } else {
+    const uint16_t* halves = (const uint16_t*)vector.data + start;
+    if (count == kLanes) return (Floats)(__builtin_convertvector(load<Halves>(halves), Words) << 16);
+    uint32_t words[kLanes] = {};
+    for (int i = 0; i < count; ++i) words[i] = (uint32_t)halves[i] << 16;
+    memcpy(lanes, words, sizeof(lanes));
+  }
+  return load<Floats>(lanes);
+}
+
+// The three weight types: a block is one vector of weights, which unpacks into `kParts` vectors of float32.
+struct F32 {
+  using Element = float;
+  static constexpr Type kType = kFloat32;
+  static constexpr int kParts = 1;
+  static INLINE void unpack(Words w, Floats* out) { out[0] = as_floats(w); }
+};
+struct BF16 {
+  using Element = uint16_t;
+  static constexpr Type kType = kBFloat16;
+  static constexpr int kParts = 2;
+  static INLINE void unpack(Words w, Floats* out) {
+    out[0] = as_floats(w << 16);
+    out[1] = as_floats(w & 0xffff0000u);
+  }
+};
+struct I8 {
+  using Element = int8_t;
+  static constexpr Type kType = kInt8;
+  static constexpr int kParts = 4;
+  static INLINE void unpack(Words w, Floats* out) {
+    out[0] = __builtin_convertvector((Ints)(w << 24) >> 24, Floats);
+    out[1] = __builtin_convertvector((Ints)(w << 16) >> 24, Floats);
+    out[2] = __builtin_convertvector((Ints)(w << 8) >> 24, Floats);
+    out[3] = __builtin_convertvector((Ints)w >> 24, Floats);
+  }
+};
+
+// Where element i of a block of `parts` vectors lies in lane order.
+INLINE int64_t lane_of(int64_t i, int parts) {
+  int64_t block = i / (parts * kLanes), within = i % (parts * kLanes);
+  return block * parts * kLanes + (within % parts) * kLanes + within / parts;
+}
+
+void load_input(const void* x, Type type, Type weights, Input* input) {
+  const int parts = weights == kFloat32 ? 1 : weights == kBFloat16 ? 2 : 4;
+  Vector values{x, type};
+  for (int64_t t = 0; t < input->tokens; ++t) {
+    float* lanes = input->lanes + t * input->padded;
+    int64_t i = 0;
+    if (type == kBFloat16 && parts == 2) {
+      const uint16_t* halves = (const uint16_t*)x + t * input->columns;
+      for (; i + 2 * kLanes <= input->columns; i += 2 * kLanes) {
+        Floats both[2];
+        BF16::unpack(load<Words>(halves + i), both);
+        store(lanes + i, both[0]);
+        store(lanes + i + kLanes, both[1]);
+      }
+    }
+    memset(lanes + i, 0, (input->padded - i) * sizeof(float));
+    for (; i < input->columns; ++i) lanes[lane_of(i, parts)] = element(values, t * input->columns + i);
+  }
+}
+
+// The first `count` elements of a block; the rest are zeros.
+template <class W>
+INLINE Words load_part(const typename W::Element* p, int64_t count) {
+  typename W::Element block[kLanes * W::kParts] = {};
+  memcpy(block, p, count * sizeof(typename W::Element));
+  return load<Words>(block);
+}
+
+#if defined(__AVX512BF16__)
+INLINE Floats dot_halves(Floats acc, Words w, const uint16_t* x) {
+  return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)load<Words>(x));
+}
+#endif
+
+// Dot products of one row of weights with n tokens (their indices in `which`). `ahead` is prefetched line by line.
+template <class W, int n, bool use_halves>
+INLINE void dot_row(const typename W::Element* w, const Input& input, const int* which, int64_t columns, float* out,
+                    const char* ahead) {
+  constexpr int kBlock = kLanes * W::kParts;
+  constexpr int kChains = n == 1 ? 4 : n == 2 ? 2 : 1;
+  Floats acc[n][W::kParts * kChains] = {};
+  int64_t i = 0;
+  auto step = [&](Words words, int64_t at, int chain) __attribute__((always_inline)) {
+#if defined(__AVX512BF16__)
+    if constexpr (use_halves) {
+      for (int t = 0; t < n; ++t) {
+        acc[t][chain] = dot_halves(acc[t][chain], words, input.halves + which[t] * input.padded + at);
+      }
+      return;
+    }
+#endif
+    Floats parts[W::kParts];
+    W::unpack(words, parts);
+    for (int t = 0; t < n; ++t) {
+      const float* x = input.lanes + which[t] * input.padded + at;
+      for (int p = 0; p < W::kParts; ++p) acc[t][chain * W::kParts + p] += parts[p] * load<Floats>(x + p * kLanes);
+    }
+  };
+  for (; i + kChains * kBlock <= columns; i += kChains * kBlock) {
+    for (int chain = 0; chain < kChains; ++chain) {
+      const int64_t at = i + chain * kBlock;
+      if (ahead != nullptr && (chain * kBytes) % 64 == 0) __builtin_prefetch(ahead + at * sizeof(*w));
+      step(load<Words>(w + at), at, chain);
+    }
+  }
+  for (; i + kBlock <= columns; i += kBlock) step(load<Words>(w + i), i, 0);
+  if (i < columns) step(load_part<W>(w + i, columns - i), i, 0);
+  for (int t = 0; t < n; ++t) {
+    Floats total = acc[t][0];
+    for (int c = 1; c < W::kParts * kChains; ++c) total += acc[t][c];
+    out[t] = sum(total);
+  }
+}
+
+template <class W, bool use_halves>
+void linear_rows(const Linear& problem, int64_t begin, int64_t end) {
+  using Element = typename W::Element;
+  const Matrix& weight = problem.weight;
+  const int tokens = (int)problem.input.tokens;
+  const int which[kMaxTokens] = {0, 1, 2, 3, 4, 5, 6, 7};
+  float out[kMaxTokens];
+  for (int64_t row = begin; row < end; ++row) {
+    const Element* w = (const Element*)weight.data + row * weight.stride;
+    // Three rows ahead: the hardware prefetcher follows the stream, but not across pages at its start.
+    const char* ahead = row + 3 < end ? (const char*)(w + 2 * weight.stride) : nullptr;
+    int t = 0;
+    for (; t + 4 <= tokens; t += 4) dot_row<W, 4, use_halves>(w, problem.input, which + t, weight.columns, out + t, ahead);
+    switch (tokens - t) {
+      case 3: dot_row<W, 3, use_halves>(w, problem.input, which + t, weight.columns, out + t, ahead); break;
+      case 2: dot_row<W, 2, use_halves>(w, problem.input, which + t, weight.columns, out + t, ahead); break;
+      case 1: dot_row<W, 1, use_halves>(w, problem.input, which + t, weight.columns, out + t, ahead); break;
+      default: break;
+    }
+    const float bias = problem.bias.data == nullptr ? 0.0f : element(problem.bias, row);
+    const float scale = W::kType == kInt8 ? weight.scales[row] : 1.0f;
+    for (t = 0; t < tokens; ++t) {
+      float value = out[t] * scale + bias;
+      if (problem.residual.data != nullptr) value += element(problem.residual, t * weight.rows + row);
+      if (problem.output_type == kFloat32) {
+        ((float*)problem.output)[t * weight.rows + row] = value;
+      } else {
+        ((uint16_t*)problem.output)[t * weight.rows + row] = to_bf16(value);
+      }
+    }
+  }
+}
+
+void linear(const Linear& problem, int64_t begin, int64_t end) {
+  switch (problem.weight.type) {
+    case kFloat32: return linear_rows<F32, false>(problem, begin, end);
+    case kInt8: return linear_rows<I8, false>(problem, begin, end);
+    case kBFloat16:
+#if defined(__AVX512BF16__)
+      if (problem.input.halves != nullptr) return linear_rows<BF16, true>(problem, begin, end);
+#endif
+      return linear_rows<BF16, false>(problem, begin, end);
+  }
+}
+
+// e^x, at most 2 units in the last place off; arguments below -87 give 0 and above 88 infinity, NaN stays.
+INLINE Floats exp_of(Floats x) {
+  const Floats clamped = select(x < -88.0f, splat(-88.0f), select(x > 89.0f, splat(89.0f), x));
+  const Floats scaled = clamped * 1.44269504088896341f;
+  const Floats whole = __builtin_convertvector(
+      __builtin_convertvector(scaled + select(scaled < 0.0f, splat(-0.5f), splat(0.5f)), Ints), Floats);
+  // ln 2 in two pieces (Cody and Waite), then the polynomial of Cephes' expf.
+  const Floats r = (clamped - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  Floats p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // 2^whole in two factors, so that neither end of the range overflows the exponent field.
+  const Ints exponent = __builtin_convertvector(whole, Ints);
+  const Ints half = exponent >> 1;
+  const Floats value = p * (Floats)((half + 127) << 23) * (Floats)((exponent - half + 127) << 23);
+  const Floats ended = select(x < -87.33655f, splat(0.0f), select(x > 88.72284f, splat(INFINITY), value));
+  return select(x != x, x, ended);
+}
+
+// Mantissa in [sqrt(1/2), sqrt(2)) and binary exponent of a positive float; denormals are scaled first.
+INLINE Floats split(Floats x, Floats* exponent) {
+  const Ints tiny = x < 1.17549435e-38f;
+  x = select(tiny, x * 16777216.0f, x);
+  const Ints bits = (Ints)x - 0x3f3504f3;
+  *exponent = __builtin_convertvector(bits >> 23, Floats) - select(tiny, splat(24.0f), splat(0.0f));
+  return (Floats)((bits & 0x007fffff) + 0x3f3504f3);
+}
+
+// ln of the mantissa: Cephes' logf.
+INLINE Floats log_mantissa(Floats m) {
+  const Floats r = m - 1.0f;
+  Floats p = splat(7.0376836292e-2f);
+  p = p * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  return p * r * r * r - 0.5f * r * r + r;
+}
+
+INLINE Floats log_of(Floats x) {
+  Floats exponent;
+  const Floats m = split(x, &exponent);
+  const Floats value = log_mantissa(m) + exponent * 0.693147180559945f;
+  const Floats ended = select(x == INFINITY, x, select(x == 0.0f, splat(-INFINITY), value));
+  return select(x != x, x, ended);
+}
+
+// ffn/predictor.py: log(g^2 + var_g) + 2 logsigmoid(g) + log(u^2 + var_u).
+INLINE Floats expected_energy(Floats gate, Floats up, Floats gate_log_noise, Floats up_log_noise) {
+  const Floats closed = select(gate < 0.0f, gate, splat(0.0f));
+  const Floats log_sigmoid = closed - log_of(1.0f + exp_of(select(gate < 0.0f, gate, -gate)));
+  const Floats gate_energy = log_of(gate * gate + exp_of(gate_log_noise));
+  return gate_energy + 2.0f * log_sigmoid + log_of(up * up + exp_of(up_log_noise));
+}
+
+// `rows` <= kLanes rows times the code of one token, from column `first` on; the sum of row i is in lane i.
+template <class W>
+__attribute__((noinline)) Floats dot_some_rows(const typename W::Element* w, int64_t stride, int rows, const float* code,
+                                               int64_t first, int64_t columns) {
+  constexpr int kBlock = kLanes * W::kParts;
+  Floats acc[kLanes] = {};
+  for (int64_t i = first; i < columns; i += kBlock) {
+    const int64_t count = columns - i < kBlock ? columns - i : kBlock;
+    for (int row = 0; row < rows; ++row) {
+      Floats parts[W::kParts];
+      W::unpack(load_part<W>(w + row * stride + i, count), parts);
+      for (int p = 0; p < W::kParts; ++p) acc[row] += parts[p] * load<Floats>(code + i + p * kLanes);
+    }
+  }
+  return sum_rows(acc);
+}
+
+template <class W>
+INLINE Floats dot_rows(const typename W::Element* w, int64_t stride, int rows, const float* code, int64_t columns) {
+  constexpr int kBlock = kLanes * W::kParts;
+  if (rows < kLanes) return dot_some_rows<W>(w, stride, rows, code, 0, columns);
+  Floats acc[kLanes];  // unrolled, so that it stays in registers
+#pragma GCC unroll 16
+  for (int row = 0; row < kLanes; ++row) acc[row] = Floats{};
+  int64_t i = 0;
+  for (; i + kBlock <= columns; i += kBlock) {
+    Floats c[W::kParts];
+    for (int p = 0; p < W::kParts; ++p) c[p] = load<Floats>(code + i + p * kLanes);
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes; ++row) {
+      // The same place of the rows that come next; past the last row nothing is read.
+      __builtin_prefetch(w + (row + kLanes) * stride + i);
+      Floats parts[W::kParts];
+      W::unpack(load<Words>(w + row * stride + i), parts);
+      for (int p = 0; p < W::kParts; ++p) acc[row] += parts[p] * c[p];
+    }
+  }
+  const Floats total = sum_rows(acc);
+  return i < columns ? total + dot_some_rows<W>(w, stride, rows, code, i, columns) : total;
+}
+
+// One bit per channel of a bank.
+struct Kept {
+  uint64_t words[kMaxBank / 64];
+};
+
+INLINE int count_bits(uint64_t word) { return __builtin_popcountll(word); }
+
+// Bit i: lane i of v is at least `bound`.
+INLINE uint64_t lanes_from(Floats v, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_GE_OQ);
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(bound), _CMP_GE_OQ));
+#else
+  const Ints reached = v >= bound;
+  uint64_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= (uint64_t)(reached[lane] & 1) << lane;
+  return bits;
+#endif
+}
+
+// The reverse: all ones in lane i where bit i is set.
+INLINE Ints lanes_of(uint64_t bits) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_movm_epi32((__mmask16)bits);
+#else
+  Ints taken = {};
+  for (int lane = 0; lane < kLanes; ++lane) taken[lane] = -(int32_t)((bits >> lane) & 1);
+  return taken;
+#endif
+}
+
+// bytes[i] = bit i, for the first `count` <= 64 bits.
+INLINE void store_bytes(uint8_t* bytes, uint64_t bits, int64_t count) {
+#if defined(__AVX512BW__)
+  if (count == 64) return _mm512_storeu_si512(bytes, _mm512_maskz_set1_epi8(bits, 1));
+#endif
+  for (int64_t i = 0; i < count; ++i) bytes[i] = (uint8_t)((bits >> i) & 1);
+}
+
+// The channels whose logit is at least `bound`, and how many they are. z is padded to whole vectors with -infinity.
+INLINE int64_t keep_from(const float* z, int64_t size, float bound, Kept* kept) {
+  int64_t count = 0;
+  for (int64_t word = 0; word * 64 < size; ++word) {
+    uint64_t bits = 0;
+    if (size - word * 64 >= 64) {
+      for (int i = 0; i < 64; i += kLanes) bits |= lanes_from(load<Floats>(z + word * 64 + i), bound) << i;
+    } else {
+      for (int i = 0; word * 64 + i < size; i += kLanes) {
+        bits |= lanes_from(load<Floats>(z + word * 64 + i), bound) << i;
+      }
+    }
+    kept->words[word] = bits;
+    count += count_bits(bits);
+  }
+  return count;
+}
+
+// Integers in the order of the floats; both zeros have one key, as they are equal.
+INLINE int32_t key_of(float value) {
+  int32_t bits;
+  value += 0.0f;
+  memcpy(&bits, &value, 4);
+  return bits < 0 ? bits ^ 0x7fffffff : bits;
+}
+
+INLINE float value_of(int32_t key) {
+  const int32_t bits = key < 0 ? key ^ 0x7fffffff : key;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Marks the `active` largest of z[0..size), the lower index among equals. Returns how many are not finite (nothing is
+// marked then). z must be padded to whole vectors with -infinity.
+INLINE int64_t select_bank_of(const float* z, int64_t size, int64_t active, Kept* kept) {
+  Floats high = splat(-INFINITY), low = splat(INFINITY);
+  Ints finite = {};
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const Floats values = load<Floats>(z + i);
+    finite -= (values - values) == 0.0f;
+    high = select(values > high, values, high);
+    low = select((values < low) & (values != -INFINITY), values, low);  // the padding is no logit
+  }
+  float lowest = INFINITY, highest = -INFINITY;
+  int64_t num_finite = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    lowest = low[lane] < lowest ? low[lane] : lowest;
+    highest = high[lane] > highest ? high[lane] : highest;
+    num_finite += finite[lane];
+  }
+  if (num_finite != size) return size - num_finite;
+  if (active == size) {
+    keep_from(z, size, -3.4028235e38f, kept);
+    return 0;
+  }
+  // A bound that exactly `active` logits reach. `above` is reached by too many, `below` by too few: false position,
+  // which takes four steps on normal logits where bisection takes twelve.
+  float above = lowest, below = highest;
+  int64_t count_above = size, count_below = 0;
+  for (int step = 0; step < 12; ++step) {
+    const float share = ((float)(count_above - active) + 0.5f) / (float)(count_above - count_below + 1);
+    const float bound = above + (below - above) * share;
+    if (!(bound > above && bound < below)) break;
+    const int64_t count = keep_from(z, size, bound, kept);
+    if (count == active) return 0;
+    if (count > active) {
+      above = bound;
+      count_above = count;
+    } else {
+      below = bound;
+      count_below = count;
+    }
+  }
+  // Ties at the cut, or a distribution that false position does not like: bisection over the floats themselves.
+  int64_t too_low = key_of(above), too_high = (int64_t)key_of(below) + 1;
+  while (too_high - too_low > 1) {
+    const int64_t middle = too_low + (too_high - too_low) / 2;
+    const int64_t count = keep_from(z, size, value_of((int32_t)middle), kept);
+    if (count == active) return 0;
+    (count > active ? too_low : too_high) = middle;
+  }
+  // More logits equal the cut than there is room for: the lowest indices among them.
+  Kept equal;
+  keep_from(z, size, value_of((int32_t)too_low), &equal);
+  int64_t room = active - keep_from(z, size, value_of((int32_t)too_high), kept);
+  for (int64_t word = 0; word * 64 < size; ++word) {
+    uint64_t tied = equal.words[word] & ~kept->words[word];
+    for (; tied != 0 && room > 0; --room) {
+      kept->words[word] |= tied & -tied;
+      tied &= tied - 1;
+    }
+  }
+  return 0;
+}
+
+int64_t select_bank(const float* z, int64_t size, int64_t active, Kept* kept) {
+  // A constant size lets the compiler keep the usual bank in registers.
+  return size == 64 ? select_bank_of(z, 64, active, kept) : select_bank_of(z, size, active, kept);
+}
+
+template <class W>
+int64_t select_banks_of(const Decode& problem, int64_t begin, int64_t end, float* code_lanes, Selected* selected,
+                        int64_t* num_selected) {
+  using Element = typename W::Element;
+  const int64_t tokens = problem.input.tokens, size = problem.bank_size;
+  const int64_t halves = problem.gated ? 2 : 1, rank = problem.expand.columns / halves;
+  const int64_t padded = (rank + kPad - 1) / kPad * kPad;
+  for (int64_t part = 0; part < tokens * halves; ++part) {
+    float* lanes = code_lanes + part * padded;
+    memset(lanes, 0, padded * sizeof(float));
+    for (int64_t i = 0; i < rank; ++i) lanes[lane_of(i, W::kParts)] = problem.code[part * rank + i];
+  }
+  alignas(64) float logits[kMaxTokens][kMaxBank + kLanes];
+  Kept kept[kMaxTokens];
+  int64_t count = 0, not_finite = 0;
+  for (int64_t n = begin; n < end; ++n) {
+    for (int64_t row = 0; row < size; row += kLanes) {
+      const int rows = (int)(size - row < kLanes ? size - row : kLanes);
+      const int64_t channel = n * size + row;
+      const Element* w = (const Element*)problem.expand.data + channel * problem.expand.stride;
+      const Floats bias = elements(problem.bias, channel, rows);
+      if (!problem.gated) {
+        for (int64_t t = 0; t < tokens; ++t) {
+          const Floats z = dot_rows<W>(w, problem.expand.stride, rows, code_lanes + t * padded, rank);
+          store(&logits[t][row], z + bias);
+        }
+        continue;
+      }
+      const Floats gate_offset = elements(problem.gate_offset, channel, rows);
+      const Floats up_offset = elements(problem.up_offset, channel, rows);
+      const Floats gate_noise = elements(problem.gate_log_noise, channel, rows);
+      const Floats up_noise = elements(problem.up_log_noise, channel, rows);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const float* code = code_lanes + t * 2 * padded;
+        const Floats gate = dot_rows<W>(w, problem.expand.stride, rows, code, rank) + gate_offset;
+        const Floats up = dot_rows<W>(w + rank, problem.expand.stride, rows, code + padded, rank) + up_offset;
+        store(&logits[t][row], expected_energy(gate, up, gate_noise, up_noise) + bias);
+      }
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t i = size; i % kLanes != 0; ++i) logits[t][i] = -INFINITY;
+      not_finite += select_bank(logits[t], size, problem.active, &kept[t]);
+    }
+    if (not_finite != 0) continue;
+    for (int64_t word = 0; word * 64 < size; ++word) {
+      uint64_t any = 0;
+      for (int64_t t = 0; t < tokens; ++t) any |= kept[t].words[word];
+      for (; any != 0; any &= any - 1) {
+        const int bit = __builtin_ctzll(any);
+        uint32_t who = 0;
+        for (int64_t t = 0; t < tokens; ++t) who |= (uint32_t)((kept[t].words[word] >> bit) & 1) << t;
+        selected[count++] = {(int32_t)(n * size + word * 64 + bit), who};
+      }
+    }
+  }
+  *num_selected = not_finite != 0 ? 0 : count;
+  return not_finite;
+}
+
+int64_t select_banks(const Decode& problem, int64_t begin, int64_t end, float* code_lanes, Selected* selected,
+                     int64_t* num_selected) {
+  return problem.expand.type == kFloat32
+             ? select_banks_of<F32>(problem, begin, end, code_lanes, selected, num_selected)
+             : select_banks_of<BF16>(problem, begin, end, code_lanes, selected, num_selected);
+}
+
+// Gate and up rows of one channel times n tokens, while the down column that comes next is fetched.
+template <class W, int n, bool use_halves>
+INLINE void dot_pair(const typename W::Element* gate, const Decode& problem, const int* which, float* gate_out,
+                     float* up_out) {
+  constexpr int kBlock = kLanes * W::kParts;
+  constexpr int kChains = n == 1 ? 2 : 1;
+  const int64_t P = problem.padded_hidden;
+  const typename W::Element *up = gate + P, *down = gate + 2 * P;
+  const Input& input = problem.input;
+  Floats gate_acc[n][W::kParts * kChains] = {}, up_acc[n][W::kParts * kChains] = {};
+  auto step = [&](int64_t i, int chain) __attribute__((always_inline)) {
+    const Words gate_words = load<Words>(gate + i), up_words = load<Words>(up + i);
+#if defined(__AVX512BF16__)
+    if constexpr (use_halves) {
+      for (int t = 0; t < n; ++t) {
+        const uint16_t* x = input.halves + which[t] * input.padded + i;
+        gate_acc[t][chain] = dot_halves(gate_acc[t][chain], gate_words, x);
+        up_acc[t][chain] = dot_halves(up_acc[t][chain], up_words, x);
+      }
+      return;
+    }
+#endif
+    Floats gate_parts[W::kParts], up_parts[W::kParts];
+    W::unpack(gate_words, gate_parts);
+    W::unpack(up_words, up_parts);
+    for (int t = 0; t < n; ++t) {
+      const float* x = input.lanes + which[t] * input.padded + i;
+      for (int p = 0; p < W::kParts; ++p) {
+        const Floats value = load<Floats>(x + p * kLanes);
+        gate_acc[t][chain * W::kParts + p] += gate_parts[p] * value;
+        up_acc[t][chain * W::kParts + p] += up_parts[p] * value;
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + kChains * kBlock <= P; i += kChains * kBlock) {
+    for (int chain = 0; chain < kChains; ++chain) {
+      const int64_t at = i + chain * kBlock;
+      if ((chain * kBytes) % 64 == 0) __builtin_prefetch(down + at);
+      step(at, chain);
+    }
+  }
+  for (; i < P; i += kBlock) step(i, 0);
+  for (int t = 0; t < n; ++t) {
+    Floats gate_total = gate_acc[t][0], up_total = up_acc[t][0];
+    for (int c = 1; c < W::kParts * kChains; ++c) {
+      gate_total += gate_acc[t][c];
+      up_total += up_acc[t][c];
+    }
+    gate_out[t] = sum(gate_total);
+    up_out[t] = sum(up_total);
+  }
+}
+
+// acc of n tokens += h * down column, while gate and up of the next channel are fetched.
+template <class W, int n>
+INLINE void add_down(const typename W::Element* down, int64_t P, const float* h, float* const* acc,
+                     const typename W::Element* next) {
+  constexpr int kBlock = kLanes * W::kParts;
+  for (int64_t i = 0; i < P; i += kBlock) {
+    if ((i * (int64_t)sizeof(*down)) % 64 == 0) {
+      __builtin_prefetch(next + i);
+      __builtin_prefetch(next + P + i);
+    }
+    Floats parts[W::kParts];
+    W::unpack(load<Words>(down + i), parts);
+    for (int t = 0; t < n; ++t) {
+      for (int p = 0; p < W::kParts; ++p) {
+        float* at = acc[t] + i + p * kLanes;
+        store(at, load<Floats>(at) + h[t] * parts[p]);
+      }
+    }
+  }
+}
+
+template <class W, int n, bool use_halves>
+INLINE void gather_channel(const Decode& problem, int64_t channel, const int* which, float* acc,
+                           const typename W::Element* next) {
+  const int64_t P = problem.padded_hidden;
+  const typename W::Element* record = (const typename W::Element*)problem.packed + channel * 3 * P;
+  float gate[n], up[n], h[n];
+  float* rows[n];
+  dot_pair<W, n, use_halves>(record, problem, which, gate, up);
+  const float* scales = W::kType == kInt8 ? problem.scales + 3 * channel : nullptr;
+  for (int t = 0; t < n; ++t) {
+    if (scales != nullptr) {
+      gate[t] *= scales[0];
+      up[t] *= scales[1];
+    }
+    if (problem.gate_bias.data != nullptr) gate[t] += element(problem.gate_bias, channel);
+    if (problem.up_bias.data != nullptr) up[t] += element(problem.up_bias, channel);
+    h[t] = gate[t] / (1.0f + expf(-gate[t])) * up[t];
+    if (scales != nullptr) h[t] *= scales[2];
+    rows[t] = acc + which[t] * P;
+  }
+  add_down<W, n>(record + 2 * P, P, h, rows, next);
+}
+
+// One token. Its channels go in batches of kLanes: first gate and up of each, then SiLU of all at once, then the down
+// columns four at a time, so that the accumulator is read and written a quarter as often. Every loop fetches the rows
+// that the next one reads, so that the memory never waits between two short rows.
+template <class W, bool use_halves>
+INLINE void dot_pair_alone(const typename W::Element* gate, const Decode& problem, Floats* gate_out, Floats* up_out,
+                           const typename W::Element* const* ahead) {
+  constexpr int kBlock = kLanes * W::kParts;
+  const int64_t P = problem.padded_hidden;
+  const typename W::Element* up = gate + P;
+  const Input& input = problem.input;
+  Floats gate_acc[2 * W::kParts] = {}, up_acc[2 * W::kParts] = {};
+  auto step = [&](int64_t i, int chain) __attribute__((always_inline)) {
+    if ((i * (int64_t)sizeof(*gate)) % 64 == 0) {
+      __builtin_prefetch(ahead[0] + i);
+      __builtin_prefetch(ahead[1] + i);
+    }
+    const Words gate_words = load<Words>(gate + i), up_words = load<Words>(up + i);
+#if defined(__AVX512BF16__)
+    if constexpr (use_halves) {
+      gate_acc[chain] = dot_halves(gate_acc[chain], gate_words, input.halves + i);
+      up_acc[chain] = dot_halves(up_acc[chain], up_words, input.halves + i);
+      return;
+    }
+#endif
+    Floats gate_parts[W::kParts], up_parts[W::kParts];
+    W::unpack(gate_words, gate_parts);
+    W::unpack(up_words, up_parts);
+    for (int p = 0; p < W::kParts; ++p) {
+      const Floats x = load<Floats>(input.lanes + i + p * kLanes);
+      gate_acc[chain * W::kParts + p] += gate_parts[p] * x;
+      up_acc[chain * W::kParts + p] += up_parts[p] * x;
+    }
+  };
+  int64_t i = 0;
+  for (; i + 2 * kBlock <= P; i += 2 * kBlock) {
+    step(i, 0);
+    step(i + kBlock, 1);
+  }
+  for (; i < P; i += kBlock) step(i, 0);
+  *gate_out = gate_acc[0];
+  *up_out = up_acc[0];
+  for (int c = 1; c < 2 * W::kParts; ++c) {
+    *gate_out += gate_acc[c];
+    *up_out += up_acc[c];
+  }
+}
+
+template <class W, int n>
+INLINE void add_columns(const typename W::Element* const* down, int64_t P, const float* h, float* acc,
+                        const typename W::Element* const* ahead) {
+  constexpr int kBlock = kLanes * W::kParts;
+  for (int64_t i = 0; i < P; i += kBlock) {
+    Floats total[W::kParts];
+    for (int p = 0; p < W::kParts; ++p) total[p] = load<Floats>(acc + i + p * kLanes);
+    for (int c = 0; c < n; ++c) {
+      if ((i * (int64_t)sizeof(**down)) % 64 == 0) __builtin_prefetch(ahead[c] + i);
+      Floats parts[W::kParts];
+      W::unpack(load<Words>(down[c] + i), parts);
+      for (int p = 0; p < W::kParts; ++p) total[p] += h[c] * parts[p];
+    }
+    for (int p = 0; p < W::kParts; ++p) store(acc + i + p * kLanes, total[p]);
+  }
+}
+
+template <class W, bool use_halves>
+void gather_alone(const Decode& problem, const Selected* selected, int64_t num_selected, float* acc) {
+  using Element = typename W::Element;
+  const int64_t P = problem.padded_hidden;
+  // Past the end the last channel is fetched again, which costs nothing.
+  auto record = [&](int64_t s) __attribute__((always_inline)) {
+    return (const Element*)problem.packed + selected[s < num_selected ? s : num_selected - 1].channel * 3 * P;
+  };
+  for (int64_t first = 0; first < num_selected; first += kLanes) {
+    const int count = (int)(num_selected - first < kLanes ? num_selected - first : kLanes);
+    Floats gate_rows[kLanes] = {}, up_rows[kLanes] = {};
+    for (int c = 0; c < count; ++c) {
+      const Element* next = record(first + c + 1);
+      const Element* ahead[2] = {next, next + P};
+      if (c + 1 == count) {
+        ahead[0] = record(first) + 2 * P;
+        ahead[1] = record(first + 1) + 2 * P;
+      }
+      dot_pair_alone<W, use_halves>(record(first + c), problem, &gate_rows[c], &up_rows[c], ahead);
+    }
+    Floats gate = sum_rows(gate_rows), up = sum_rows(up_rows), down_scale = splat(1.0f);
+    if (W::kType == kInt8) {
+      for (int c = 0; c < count; ++c) {
+        const float* scales = problem.scales + 3 * (int64_t)selected[first + c].channel;
+        gate[c] *= scales[0];
+        up[c] *= scales[1];
+        down_scale[c] = scales[2];
+      }
+    }
+    if (problem.gate_bias.data != nullptr) {
+      for (int c = 0; c < count; ++c) gate[c] += element(problem.gate_bias, selected[first + c].channel);
+    }
+    if (problem.up_bias.data != nullptr) {
+      for (int c = 0; c < count; ++c) up[c] += element(problem.up_bias, selected[first + c].channel);
+    }
+    float h[kLanes];
+    store(h, gate / (1.0f + exp_of(-gate)) * up * down_scale);
+    for (int c = 0; c < count; c += 4) {
+      const Element *down[4], *ahead[4];
+      for (int i = 0; i < 4; ++i) {
+        down[i] = record(first + c + i) + 2 * P;
+        ahead[i] = c + 4 < count ? record(first + c + 4 + i) + 2 * P : record(first + count + i / 2) + (i % 2) * P;
+      }
+      switch (count - c) {
+        case 1: add_columns<W, 1>(down, P, h + c, acc, ahead); break;
+        case 2: add_columns<W, 2>(down, P, h + c, acc, ahead); break;
+        case 3: add_columns<W, 3>(down, P, h + c, acc, ahead); break;
+        default: add_columns<W, 4>(down, P, h + c, acc, ahead); break;
+      }
+    }
+  }
+}
+
+template <class W, bool use_halves>
+void gather_of(const Decode& problem, const Selected* selected, int64_t num_selected, float* acc) {
+  if (problem.input.tokens == 1) return gather_alone<W, use_halves>(problem, selected, num_selected, acc);
+  const int64_t P = problem.padded_hidden;
+  const typename W::Element* packed = (const typename W::Element*)problem.packed;
+  for (int64_t s = 0; s < num_selected; ++s) {
+    const int64_t channel = selected[s].channel;
+    // The last channel fetches itself again, which costs nothing.
+    const typename W::Element* next = packed + selected[s + 1 < num_selected ? s + 1 : s].channel * 3 * P;
+    int which[kMaxTokens], count = 0;
+    for (int t = 0; t < (int)problem.input.tokens; ++t) {
+      which[count] = t;
+      count += (selected[s].tokens >> t) & 1;
+    }
+    int done = 0;
+    for (; done + 4 <= count; done += 4) {
+      gather_channel<W, 4, use_halves>(problem, channel, which + done, acc, next);
+    }
+    switch (count - done) {
+      case 3: gather_channel<W, 3, use_halves>(problem, channel, which + done, acc, next); break;
+      case 2: gather_channel<W, 2, use_halves>(problem, channel, which + done, acc, next); break;
+      case 1: gather_channel<W, 1, use_halves>(problem, channel, which + done, acc, next); break;
+      default: break;
+    }
+  }
+}
+
+void gather(const Decode& problem, const Selected* selected, int64_t num_selected, float* acc) {
+  switch (problem.packed_type) {
+    case kFloat32: return gather_of<F32, false>(problem, selected, num_selected, acc);
+    case kInt8: return gather_of<I8, false>(problem, selected, num_selected, acc);
+    case kBFloat16:
+#if defined(__AVX512BF16__)
+      if (problem.input.halves != nullptr) return gather_of<BF16, true>(problem, selected, num_selected, acc);
+#endif
+      return gather_of<BF16, false>(problem, selected, num_selected, acc);
+  }
+}
+
+void finish(const Decode& problem, const float* acc, int64_t count, Vector bias, Vector residual, void* y, Type type) {
+  const int64_t P = problem.padded_hidden, tokens = problem.input.tokens;
+  const int parts = problem.packed_type == kFloat32 ? 1 : problem.packed_type == kBFloat16 ? 2 : 4;
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t block = 0; block < problem.hidden; block += parts * kLanes) {
+      float sums[4 * kLanes];
+      for (int p = 0; p < parts; ++p) {
+        Floats total = {};
+        for (int64_t c = 0; c < count; ++c) total += load<Floats>(acc + (c * tokens + t) * P + block + p * kLanes);
+        store(sums + p * kLanes, total);
+      }
+      const int64_t left = problem.hidden - block < parts * kLanes ? problem.hidden - block : parts * kLanes;
+      for (int64_t i = 0; i < left; ++i) {
+        float value = sums[(i % parts) * kLanes + i / parts];
+        if (bias.data != nullptr) value += element(bias, block + i);
+        const int64_t at = t * problem.hidden + block + i;
+        if (residual.data != nullptr) value += element(residual, at);
+        if (type == kFloat32) {
+          ((float*)y)[at] = value;
+        } else {
+          ((uint16_t*)y)[at] = to_bf16(value);
+        }
+      }
+    }
+  }
+}
+
+INLINE float rounded(float value, Type type) { return type == kFloat32 ? value : from_bf16(to_bf16(value)); }
+
+INLINE void put(void* out, Type type, int64_t i, float value) {
+  if (type == kFloat32) {
+    ((float*)out)[i] = value;
+  } else {
+    ((uint16_t*)out)[i] = to_bf16(value);
+  }
+}
+
+void rms_norm(const void* x, Type type, int64_t rows, int64_t columns, Vector weight, float epsilon, void* out) {
+  const Vector input{x, type};
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t start = row * columns;
+    Floats squares = {};
+    int64_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes) {
+      const Floats values = elements(input, start + i, kLanes);
+      squares += values * values;
+    }
+    float total = sum(squares);
+    for (; i < columns; ++i) total += element(input, start + i) * element(input, start + i);
+    const float scale = 1.0f / sqrtf(total / (float)columns + epsilon);
+    for (i = 0; i < columns; ++i) {
+      put(out, type, start + i, rounded(element(input, start + i) * scale, type) * element(weight, i));
+    }
+  }
+}
+
+void rotate(void* x, Type type, int64_t heads, int64_t head, Vector cos, Vector sin) {
+  const Vector input{x, type};
+  const int64_t half = head / 2;
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t i = 0; i < half; ++i) {
+      const int64_t low = h * head + i, high = low + half;
+      const float a = element(input, low), b = element(input, high);
+      put(x, type, low, a * element(cos, i) - b * element(sin, i));
+      put(x, type, high, b * element(cos, half + i) + a * element(sin, half + i));
+    }
+  }
+}
+
+template <class W>
+void attend_of(const Attention& problem, int64_t begin, int64_t end, float* scratch) {
+  using Element = typename W::Element;
+  constexpr int kBlock = kLanes * W::kParts;
+  const int64_t shared = problem.heads / problem.groups, head = problem.head, length = problem.length;
+  const int64_t blocks = (head + kBlock - 1) / kBlock * kBlock;
+  float* scores = scratch;                    // [shared, length]
+  float* query = scratch + shared * length;   // [shared, blocks], in lane order
+  float* output = query + shared * blocks;    // the same
+  auto block = [&](const Element* p, int64_t i) __attribute__((always_inline)) {
+    return i + kBlock <= head ? load<Words>(p + i) : load_part<W>(p + i, head - i);
+  };
+  for (int64_t group = begin; group < end; ++group) {
+    const Vector queries{problem.query, W::kType};
+    memset(query, 0, 2 * shared * blocks * sizeof(float));
+    for (int64_t h = 0; h < shared; ++h) {
+      for (int64_t i = 0; i < head; ++i) {
+        query[h * blocks + lane_of(i, W::kParts)] = element(queries, (group * shared + h) * head + i) * problem.scale;
+      }
+    }
+    const Element* keys = (const Element*)problem.keys + group * problem.key_head_stride;
+    for (int64_t l = 0; l < length; ++l) {
+      for (int64_t h = 0; h < shared; ++h) {
+        Floats total = {};
+        for (int64_t i = 0; i < head; i += kBlock) {
+          Floats parts[W::kParts];
+          W::unpack(block(keys + l * problem.key_stride, i), parts);
+          for (int p = 0; p < W::kParts; ++p) total += parts[p] * load<Floats>(query + h * blocks + i + p * kLanes);
+        }
+        scores[h * length + l] = sum(total);
+      }
+    }
+    for (int64_t h = 0; h < shared; ++h) {
+      float* row = scores + h * length;
+      float highest = -INFINITY, total = 0.0f;
+      for (int64_t l = 0; l < length; ++l) highest = row[l] > highest ? row[l] : highest;
+      int64_t l = 0;
+      Floats totals = {};
+      for (; l + kLanes <= length; l += kLanes) {
+        const Floats weight = exp_of(load<Floats>(row + l) - highest);
+        store(row + l, weight);
+        totals += weight;
+      }
+      for (; l < length; ++l) total += row[l] = expf(row[l] - highest);
+      const float scale = 1.0f / (total + sum(totals));
+      for (l = 0; l < length; ++l) row[l] *= scale;
+    }
+    const Element* values = (const Element*)problem.values + group * problem.value_head_stride;
+    for (int64_t l = 0; l < length; ++l) {
+      for (int64_t i = 0; i < head; i += kBlock) {
+        Floats parts[W::kParts];
+        W::unpack(block(values + l * problem.value_stride, i), parts);
+        for (int64_t h = 0; h < shared; ++h) {
+          for (int p = 0; p < W::kParts; ++p) {
+            float* at = output + h * blocks + i + p * kLanes;
+            store(at, load<Floats>(at) + scores[h * length + l] * parts[p]);
+          }
+        }
+      }
+    }
+    for (int64_t h = 0; h < shared; ++h) {
+      for (int64_t i = 0; i < head; ++i) {
+        put(problem.output, W::kType, (group * shared + h) * head + i, output[h * blocks + lane_of(i, W::kParts)]);
+      }
+    }
+  }
+}
+
+void attend(const Attention& problem, int64_t begin, int64_t end, float* scratch) {
+  return problem.type == kFloat32 ? attend_of<F32>(problem, begin, end, scratch)
+                                  : attend_of<BF16>(problem, begin, end, scratch);
+}
+
+int64_t route(const float* logits, int64_t begin, int64_t end, int64_t bank_size, int64_t active, uint8_t* mask,
+              float* threshold) {
+  alignas(64) float padded[kMaxBank + kLanes];
+  Kept kept;
+  int64_t not_finite = 0;
+  for (int64_t n = begin; n < end; ++n) {
+    const float* z = logits + n * bank_size;
+    if (bank_size % kLanes != 0) {
+      memcpy(padded, z, bank_size * sizeof(float));
+      for (int64_t i = bank_size; i % kLanes != 0; ++i) padded[i] = -INFINITY;
+      z = padded;
+    }
+    const int64_t bad = select_bank(z, bank_size, active, &kept);
+    not_finite += bad;
+    if (bad != 0) continue;
+    for (int64_t i = 0; i < bank_size; i += 64) {
+      store_bytes(mask + n * bank_size + i, kept.words[i / 64], bank_size - i < 64 ? bank_size - i : 64);
+    }
+    if (active == bank_size) continue;
+    Floats last = splat(INFINITY), next = splat(-INFINITY);
+    for (int64_t i = 0; i < bank_size; i += kLanes) {
+      const Ints take = lanes_of(kept.words[i / 64] >> (i % 64));
+      const Floats values = load<Floats>(z + i);
+      last = select(take & (values < last), values, last);
+      next = select(~take & (values > next), values, next);
+    }
+    float smallest = INFINITY, largest = -INFINITY;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      smallest = last[lane] < smallest ? last[lane] : smallest;
+      largest = next[lane] > largest ? next[lane] : largest;
+    }
+    threshold[n] = (smallest + largest) / 2;
+  }
+  return not_finite;
+}
+
+uint32_t stream(const void* data, int64_t bytes) {
+  const char* p = (const char*)data;
+  Words acc[4] = {};
+  for (int64_t i = 0; i + 4 * kBytes <= bytes; i += 4 * kBytes) {
+    for (int chain = 0; chain < 4; ++chain) acc[chain] += load<Words>(p + i + chain * kBytes);
+  }
+  const Words total = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  uint32_t result = 0;
+  for (int lane = 0; lane < kLanes; ++lane) result += total[lane];
+  return result;
+}
+
+}  // namespace
+
+#define NAME_(x) #x
+#define NAME(x) NAME_(x)
+
+const Kernels* CONCAT(kernels_, BANKWISE_ISA)() {
+  static constexpr Kernels table = {NAME(BANKWISE_ISA), load_input, linear, select_banks, gather,
+                                    finish,             rms_norm,   rotate, attend,       route,  stream};
+  return &table;
+}
+
+}  // namespace bankwise

@@ -1,0 +1,159 @@
+"""Random cases for the CPU operators, each checked against float64; run as a script for the sanitizers.
+
+Run alone (`python tests/kernels/kernel_cases.py`) it goes through every instruction set of this machine.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+
+from bankwise import SparsityConfig
+from bankwise.ffn import SparseSwiGLU, bank_topk_mask_reference
+from bankwise.kernels import dispatch
+from bankwise.kernels.cpu import library
+from bankwise.kernels.cpu.packing import pack, pack_int8
+
+
+@dataclass
+class Case:
+    hidden: int = 64
+    banks: int = 3
+    rank: int = 16
+    form: str = "gated_product"
+    bank_size: int = 64
+    active: int = 16
+    tokens: int = 1
+    dtype: torch.dtype = torch.float32
+    weights: str = "as_is"
+    bias: bool = False
+    predictor_dtype: torch.dtype | None = None
+    offset: float = 0.0
+    seed: int = 0
+
+
+def make_layer(case: Case) -> SparseSwiGLU:
+    sparsity = SparsityConfig(
+        bank_size=case.bank_size,
+        active_per_bank=case.active,
+        predictor_rank=case.rank,
+        predictor_form=case.form,
+    )
+    layer = SparseSwiGLU(case.hidden, case.banks * case.bank_size, sparsity, 0, bias=case.bias).eval()
+    generator = torch.Generator().manual_seed(case.seed)
+    with torch.no_grad():
+        for value in layer.parameters():
+            value.copy_(torch.randn(value.shape, generator=generator) * value.shape[-1] ** -0.5)
+    layer.to(case.dtype)
+    layer.predictor.to(case.predictor_dtype or case.dtype)
+    return layer
+
+
+def make_input(case: Case) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    return (torch.randn(case.tokens, case.hidden, generator=generator) + case.offset).to(case.dtype)
+
+
+@torch.no_grad()
+def expected(layer: SparseSwiGLU, x_TD: torch.Tensor) -> torch.Tensor:
+    """The layer's function in float64, step by step, from the weights that it holds now."""
+    x_TD = x_TD.double()
+    if layer.packed is not None and layer.packed.scales_F3 is not None:
+        packed, scales = layer.packed.weights_F3P.double(), layer.packed.scales_F3.double()
+        gate_FD, up_FD, down_FD = (packed[:, i, : x_TD.shape[-1]] * scales[:, i, None] for i in range(3))
+    else:
+        gate_FD, up_FD, down_FD = (
+            weight.double() for weight in (layer.gate_proj.weight, layer.up_proj.weight, layer.down_proj.weight.T)
+        )
+    mask_TF = bank_topk_mask_reference(
+        exact_logits(layer, x_TD), bank_size=layer.bank_size, active_per_bank=layer.active_per_bank
+    )
+    linears = (layer.gate_proj, layer.up_proj, layer.down_proj)
+    bias = [None if linear.bias is None else linear.bias.double() for linear in linears]
+    h_TF = functional.silu(functional.linear(x_TD, gate_FD, bias[0])) * functional.linear(x_TD, up_FD, bias[1])
+    return functional.linear(h_TF * mask_TF, down_FD.T, bias[2])
+
+
+def exact_logits(layer: SparseSwiGLU, x_TD: torch.Tensor) -> torch.Tensor:
+    """Routing logits in float64."""
+    before = {value.dtype for value in layer.predictor.parameters()}.pop()
+    logits_TF = layer.predictor.double()(x_TD.double())
+    layer.predictor.to(before)
+    return logits_TF
+
+
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    if exact.numel() == 0:
+        return 0.0
+    return float((actual.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+@torch.no_grad()
+def run_case(case: Case) -> tuple[float, float]:
+    """Relative error of the operator and of plain PyTorch in the same dtype, against float64."""
+    layer, x_TD = make_layer(case), make_input(case)
+    plain = layer.down_proj(layer._gate(layer.dense_activation(x_TD), layer.logits(x_TD)))
+    packed = pack_int8(layer) if case.weights == "int8" else pack(layer)
+    actual = dispatch.run_packed(layer, packed, x_TD)
+    assert actual.shape == x_TD.shape
+    assert actual.dtype == x_TD.dtype
+    exact = expected(layer, x_TD)
+    return relative_error(actual, exact), relative_error(plain, exact)
+
+
+def random_case(seed: int) -> Case:
+    draw = random.Random(seed)
+    bank_size = draw.choice([64, 64, 64, 1, 3, 16, 40, 65, 128, 192])
+    dtype = draw.choice([torch.float32, torch.bfloat16])
+    return Case(
+        hidden=draw.choice([1, 7, 16, 31, 32, 33, 64, 65, 100, 160, 257]),
+        banks=draw.randint(1, 7),
+        rank=2 * draw.choice([1, 2, 5, 16, 17, 32, 40, 64, 65]),
+        form=draw.choice(["linear", "gated_product"]),
+        bank_size=bank_size,
+        active=draw.randint(1, min(bank_size, 64)),
+        tokens=draw.randint(1, 8),
+        dtype=dtype,
+        weights=draw.choice(["as_is", "as_is", "int8"]),
+        bias=draw.random() < 0.3,
+        predictor_dtype=draw.choice([None, None, torch.float32]),
+        seed=seed,
+    )
+
+
+def check_case(case: Case) -> None:
+    error, plain = run_case(case)
+    # Twice the error of PyTorch (tests/kernels); a single output column may cancel, hence the floor.
+    floor = 2e-6 if case.dtype == torch.float32 else 8e-3
+    bound = floor if case.weights == "int8" else max(2 * plain, floor)
+    assert error <= bound, f"{case}: error {error:.2e} above {bound:.2e}"
+
+
+def check_route(seed: int) -> None:
+    draw = random.Random(seed)
+    size = draw.choice([1, 3, 16, 20, 48, 64, 64, 65, 100, 128, 1000])
+    active = draw.randint(1, size)
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(draw.randint(1, 5), size * draw.randint(1, 6), generator=generator)
+    logits = draw.choice([
+        values, values.bfloat16().float(), values.round(), values.round() * -0.0, torch.zeros_like(values),
+        values * 6e37, values * 1e-42, values.exp() ** 9,
+    ])  # fmt: skip
+    mask, _ = torch.ops.bankwise.route(logits, size, active)
+    assert torch.equal(mask, bank_topk_mask_reference(logits, bank_size=size, active_per_bank=active)), (seed, size)
+
+
+def main() -> None:
+    library.load()
+    torch.set_num_threads(2)
+    for isa in library.available_isas():
+        with library.forced_isa(isa):
+            for seed in range(40):
+                check_case(random_case(seed))
+                check_route(seed)
+        print(f"{isa}: 80 cases agree with the reference")
+
+
+if __name__ == "__main__":
+    main()

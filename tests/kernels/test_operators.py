@@ -1,0 +1,288 @@
+"""The CPU operators against float64 and the routing rule, for every instruction set that this machine can run."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from kernels.kernel_cases import (
+    Case,
+    check_case,
+    check_route,
+    expected,
+    make_input,
+    make_layer,
+    random_case,
+    relative_error,
+    run_case,
+)
+
+from bankwise.errors import KernelError, RoutingError
+from bankwise.ffn import bank
+from bankwise.ffn.bank import bank_topk_mask_reference, cut_banks
+from bankwise.kernels import dispatch
+from bankwise.kernels.cpu import library
+from bankwise.kernels.cpu.packing import pack, pack_int8, quantise_rows
+
+ISAS = library.available_isas()
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    with library.forced_isa(request.param):
+        assert library.current_isa() == request.param
+        yield request.param
+
+
+@pytest.mark.parametrize("form", ["linear", "gated_product"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_error_is_at_most_twice_that_of_pytorch(isa, tokens, dtype, form):
+    error, plain = run_case(Case(hidden=160, banks=5, rank=40, tokens=tokens, dtype=dtype, form=form, bias=True))
+    assert error <= 2 * plain
+
+
+@pytest.mark.parametrize("hidden", [1, 31, 32, 33, 576, 577])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hidden_sizes_beside_whole_vectors(isa, hidden, dtype):
+    check_case(Case(hidden=hidden, banks=3, tokens=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("active", [1, 16, 63, 64])
+def test_any_number_of_active_channels(isa, active):
+    check_case(Case(hidden=96, active=active, tokens=3))
+
+
+def test_large_offset(isa):
+    check_case(Case(hidden=96, offset=50.0, tokens=3))
+
+
+@pytest.mark.parametrize("weights", ["as_is", "int8"])
+def test_widths_of_real_models(weights):
+    check_case(Case(hidden=3584, banks=4, rank=512, dtype=torch.bfloat16, weights=weights, tokens=2))
+
+
+def test_random_cases(isa):
+    for seed in range(100, 125):
+        check_case(random_case(seed))
+
+
+def test_int8_rows_are_rounded_to_half_a_step():
+    weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    codes, scales = quantise_rows(weight)
+    assert codes.dtype == torch.int8
+    assert ((codes * scales[:, None] - weight).abs() <= scales[:, None] * 0.501).all()
+    layer = make_layer(Case(hidden=96, dtype=torch.bfloat16))
+    before = {name: value.clone() for name, value in layer.named_parameters()}
+    pack_int8(layer)
+    x = make_input(Case(hidden=96, dtype=torch.bfloat16))
+    exact = expected(layer, x)
+    layer.packed = None
+    for name, value in before.items():
+        layer.get_parameter(name)  # still there, whatever it holds
+        owner, leaf = name.rsplit(".", 1)
+        setattr(layer.get_submodule(owner), leaf, torch.nn.Parameter(value))
+    assert 0 < relative_error(exact, expected(layer, x)) < 0.03
+
+
+def test_routing_is_the_reference_bit_for_bit(isa):
+    for seed in range(60):
+        check_route(seed)
+
+
+@pytest.mark.parametrize("active", [1, 16, 63, 64])
+def test_routing_thresholds(isa, active, monkeypatch):
+    monkeypatch.setattr(bank, "fast_cut", None)
+    logits = torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(0))
+    mask, threshold = torch.ops.bankwise.route(logits, 64, active)
+    cut = cut_banks(logits, bank_size=64, active_per_bank=active)
+    assert torch.equal(mask, cut.mask_TF)
+    if active < 64:
+        assert torch.equal(threshold, cut.threshold_TN1)
+    else:
+        assert threshold.numel() == 0
+
+
+def test_equal_logits_keep_the_lower_channels(isa):
+    case = Case(hidden=64, form="linear")
+    layer, x = make_layer(case), make_input(case)
+    with torch.no_grad():
+        layer.predictor.expand.weight.zero_()
+        layer.predictor.expand.bias.copy_(torch.arange(192) % 3 == 0)
+        packed = pack(layer)
+        actual = dispatch.run_packed(layer, packed, x)
+    assert relative_error(actual, expected(layer, x)) < 1e-6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite(isa, bad):
+    layer, x = make_layer(Case(tokens=2)), make_input(Case(tokens=2))
+    with torch.no_grad():
+        layer.predictor.expand.bias[70] = bad
+        with pytest.raises(RoutingError, match="2 of 384 router logits are not finite"):
+            dispatch.fast_forward(layer, x)
+    logits = torch.zeros(2, 64)
+    logits[1, 5] = bad
+    with pytest.raises(RuntimeError, match="1 of 128 router logits are not finite"):
+        torch.ops.bankwise.route(logits, 64, 16)
+
+
+@torch.no_grad()
+def test_extreme_inputs_agree_with_the_reference(isa):
+    for scale in (0.0, 1e-12, 1e4, 1e12):
+        layer, x = make_layer(Case(tokens=3)), make_input(Case(tokens=3)) * scale
+        exact = expected(layer, x)
+        actual = dispatch.run_packed(layer, pack(layer), x)
+        assert torch.isfinite(actual).all()
+        assert (actual.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@torch.no_grad()
+def test_no_tokens_and_leading_dimensions_and_strided_input(isa):
+    layer = make_layer(Case())
+    packed = pack(layer)
+    assert dispatch.run_packed(layer, packed, torch.empty(2, 0, 64)).shape == (2, 0, 64)
+    rows = make_input(Case(tokens=6))
+    together = dispatch.run_packed(layer, packed, rows)
+    assert torch.equal(dispatch.run_packed(layer, packed, rows.view(2, 3, 64)), together.view(2, 3, 64))
+    strided = rows.repeat_interleave(2, dim=1)[:, ::2]
+    assert not strided.is_contiguous()
+    assert torch.equal(dispatch.run_packed(layer, packed, strided), together)
+
+
+@torch.no_grad()
+def test_a_token_is_the_same_alone_and_among_others(isa):
+    layer, x = make_layer(Case(tokens=8)), make_input(Case(tokens=8))
+    packed = pack(layer)
+    together = dispatch.run_packed(layer, packed, x)
+    for token in range(8):
+        alone = dispatch.run_packed(layer, packed, x[token : token + 1])
+        torch.testing.assert_close(together[token : token + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear(isa, dtype, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in [(1, 1), (5, 7), (33, 64), (130, 100), (7, 577)]:
+        for tokens in (0, 1, 3, 8):
+            x = torch.randn(tokens, columns, generator=generator).to(dtype)
+            weight = torch.randn(rows, columns, generator=generator).to(dtype)
+            bias = torch.randn(rows, generator=generator).to(dtype) if with_bias else None
+            exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+            actual = torch.ops.bankwise.linear(x, weight, None, bias)
+            assert actual.dtype == dtype
+            assert relative_error(actual, exact) <= (1e-6 if dtype == torch.float32 else 4e-3)
+            codes, scales = quantise_rows(weight)
+            exact = torch.nn.functional.linear(
+                x.double(), codes.double() * scales.double()[:, None], None if bias is None else bias.double()
+            )
+            actual = torch.ops.bankwise.linear(x, codes, scales, bias)
+            assert relative_error(actual, exact) <= (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+@torch.no_grad()
+def test_limits_raise():
+    layer = make_layer(Case())
+    packed = pack(layer)
+    with pytest.raises(RuntimeError, match="at most 8 tokens"):
+        dispatch.run_packed(layer, packed, torch.zeros(9, 64))
+    with pytest.raises(RuntimeError, match="must end in 64 columns"):
+        dispatch.run_packed(layer, packed, torch.zeros(1, 65))
+    with pytest.raises(RuntimeError, match="must be float32"):
+        dispatch.run_packed(layer, packed, torch.zeros(1, 64, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="cannot keep 65 of every 64"):
+        torch.ops.bankwise.route(torch.zeros(64), 64, 65)
+    with pytest.raises(RuntimeError, match="in 100 channels"):
+        torch.ops.bankwise.route(torch.zeros(100), 64, 16)
+    with pytest.raises(RuntimeError, match="must be float32"):
+        torch.ops.bankwise.route(torch.zeros(64, dtype=torch.float64), 64, 16)
+    with pytest.raises(RuntimeError, match="int8 weights need 4"):
+        torch.ops.bankwise.linear(torch.zeros(1, 8), torch.zeros(4, 8, dtype=torch.int8), None, None)
+    with pytest.raises(KernelError, match="'mmx' cannot run here; choose one of"):
+        library.choose_isa("mmx")
+
+
+@torch.no_grad()
+def test_two_threads_at_once_get_their_own_answers():
+    layer = make_layer(Case(hidden=256, banks=8, rank=64))
+    packed = pack(layer)
+    inputs = [make_input(Case(hidden=256, tokens=tokens, seed=tokens)) for tokens in (1, 4)]
+    alone = [dispatch.run_packed(layer, packed, x) for x in inputs]
+    wrong = []
+
+    def work(index):
+        answers = [dispatch.run_packed(layer, packed, inputs[index]) for _ in range(50)]
+        wrong.extend(answer for answer in answers if not torch.equal(answer, alone[index]))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+FORK = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+from kernels.kernel_cases import Case, make_input, make_layer
+from bankwise.kernels import dispatch
+from bankwise.kernels.cpu.packing import pack
+torch.set_num_threads(2)
+case = Case(hidden=512, banks=8, rank=64)
+layer, x = make_layer(case), make_input(case)
+with torch.no_grad():
+    packed = pack(layer)
+    before = dispatch.run_packed(layer, packed, x)
+    child = os.fork()
+    after = dispatch.run_packed(layer, packed, x)
+    torch.testing.assert_close(after, before)
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_process_can_go_on(request):
+    command = [sys.executable, "-c", FORK, str(request.config.rootpath / "tests")]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+
+
+@torch.no_grad()
+def test_operators_are_well_formed_for_torch():
+    layer, x = make_layer(Case(tokens=2, dtype=torch.bfloat16)), make_input(Case(tokens=2, dtype=torch.bfloat16))
+    packed = pack(layer)
+    predictor = layer.predictor
+    own = [getattr(predictor, name) for name in ("gate_offset", "up_offset", "gate_log_noise", "up_log_noise")]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.bankwise.ffn_decode.default,
+        (x, packed.weights_F3P, None, predictor.reduce.weight, predictor.expand.weight, predictor.expand.bias, *own,
+         None, None, None, 64, 16),
+        test_utils=checks,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.bankwise.route.default, (torch.randn(2, 128), 64, 16), test_utils=checks)
+    torch.library.opcheck(torch.ops.bankwise.route.default, (torch.randn(2, 128), 64, 64), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.bankwise.linear.default, (x, torch.randn(5, 64).bfloat16(), None, None), test_utils=checks
+    )
+
+
+def test_masks_of_the_decoder_are_those_of_the_layer(isa):
+    """With one output column per channel, the output tells which channels were read."""
+    case = Case(hidden=192, banks=3, tokens=4)
+    layer, x = make_layer(case), make_input(case)
+    with torch.no_grad():
+        layer.gate_proj.weight.zero_()
+        layer.up_proj.weight.zero_()
+        layer.gate_proj.bias = torch.nn.Parameter(torch.full((192,), 4.0))
+        layer.up_proj.bias = torch.nn.Parameter(torch.ones(192))
+        layer.down_proj.weight.copy_(torch.eye(192))
+        read = dispatch.run_packed(layer, pack(layer), x) != 0
+        logits = layer.logits(x)
+    assert torch.equal(read, bank_topk_mask_reference(logits))
