@@ -280,6 +280,7 @@ def _env(options: argparse.Namespace) -> int:
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
         "kernel": _kernel_line(),
+        "gpu kernel": _gpu_kernel_line(),
     }
     for name, value in rows.items():
         print(f"{name:13} {value}")
@@ -295,6 +296,18 @@ def _kernel_line() -> str:
     if operators.kernel == "reference":
         return f"reference (PyTorch, masked dense): {operators.reason}"
     return f"cpu: {operators.reason}; up to {dispatch.MAX_DECODE_TOKENS} tokens at once, the reference above"
+
+
+def _gpu_kernel_line() -> str:
+    from bankwise.kernels import dispatch
+    from bankwise.kernels.triton import support
+
+    if dispatch.requested_kernel() == "reference":
+        return "reference (PyTorch, masked dense): BANKWISE_KERNEL=reference"
+    if (reason := support.unavailable()) is not None:
+        return f"none: {reason}"
+    limits = support.decode_limits(forced=dispatch.requested_kernel() == "triton")
+    return f"triton: {support.device_name()}; up to {limits.max_tokens} tokens at once, and the gate in training"
 
 
 def _load_model(source: str) -> tuple:
