@@ -29,7 +29,7 @@ from bankwise.kernels.triton.decode_kernels import (
     reduce_kernel,
     select_kernel,
 )
-from bankwise.kernels.triton.support import MAX_TOKENS
+from bankwise.kernels.triton.support import MAX_TOKENS, launch_on
 
 MAX_SHARES = 64
 
@@ -138,22 +138,27 @@ def ffn_decode_gpu(
     x_TD = x.reshape(-1, x.shape[-1]).contiguous()
     if x_TD.shape[0] > MAX_TOKENS:
         raise KernelError(f"{x_TD.shape[0]} tokens at once; the decode kernels take at most {MAX_TOKENS}")
-    predictor = Predictor(
-        reduce_RD, expand_FR, bias_F, gate_offset_F, up_offset_F, gate_log_noise_F, up_log_noise_F
-    )  # fmt: skip
-    active_TA, bad_TN, _ = select_channels(x_TD, predictor, bank_size, active)
-    # On a GPU looking would stall the stream: there the last kernel asserts.
-    if x.device.type == "cpu" and (bad := int(bad_TN.sum())):
-        raise RoutingError(
-            f"{bad} of {x_TD.shape[0] * bias_F.shape[0]} router logits are not finite, so no channels can be chosen; "
-            "the FFN input or the predictor weights hold NaN or infinity"
-        )
-    return run_channels(x_TD, packed_F3P, active_TA, bad_TN, gate_bias_F, up_bias_F, down_bias_D).view(x.shape)
+    predictor = Predictor(reduce_RD, expand_FR, bias_F, gate_offset_F, up_offset_F, gate_log_noise_F, up_log_noise_F)
+    with launch_on(x.device):
+        active_TA, bad_TN, _ = select_channels(x_TD, predictor, bank_size, active)
+        if x.device.type == "cpu":
+            _raise_unless_finite(bad_TN, x_TD.shape[0] * bias_F.shape[0])
+        y_TD = run_channels(x_TD, packed_F3P, active_TA, bad_TN, gate_bias_F, up_bias_F, down_bias_D)
+    return y_TD.view(x.shape)
 
 
 @ffn_decode_gpu.register_fake
 def _fake_ffn_decode_gpu(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _raise_unless_finite(bad_TN: Tensor, num_logits: int) -> None:
+    # In the interpreter alone: on a GPU looking would stall the stream, and there the last kernel asserts.
+    if bad := int(bad_TN.sum()):
+        raise RoutingError(
+            f"{bad} of {num_logits} router logits are not finite, so no channels can be chosen; the FFN input or the "
+            "predictor weights hold NaN or infinity"
+        )
 
 
 def _block(size: int, largest: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bankwise.errors import RoutingError
 from bankwise.kernels.triton.gate_kernels import gate_backward_kernel, gate_forward_kernel
+from bankwise.kernels.triton.support import launch_on
 
 BANKS_PER_PROGRAM = 16
 
@@ -28,11 +29,12 @@ def unit_gate(
     gated_TF, words_TN, threshold_TN, width_TN = _fake_unit_gate(h_TF, logits_TF, bank_size, active, tau)
     num_rows = words_TN.numel()
     if num_rows:
-        gate_forward_kernel[(triton.cdiv(num_rows, BANKS_PER_PROGRAM),)](
-            h_TF.contiguous(), logits_TF.contiguous(), gated_TF, words_TN, threshold_TN, width_TN, num_rows, tau,
-            B=bank_size, K=active, BLOCK_B=triton.next_power_of_2(bank_size), BLOCK_M=BANKS_PER_PROGRAM,
-            debug=True, sanitize_overflow=False, enable_fp_fusion=True,
-        )  # fmt: skip
+        with launch_on(h_TF.device):
+            gate_forward_kernel[(triton.cdiv(num_rows, BANKS_PER_PROGRAM),)](
+                h_TF.contiguous(), logits_TF.contiguous(), gated_TF, words_TN, threshold_TN, width_TN, num_rows, tau,
+                B=bank_size, K=active, BLOCK_B=triton.next_power_of_2(bank_size), BLOCK_M=BANKS_PER_PROGRAM,
+                debug=True, sanitize_overflow=False, enable_fp_fusion=True,
+            )  # fmt: skip
     return gated_TF, words_TN, threshold_TN, width_TN
 
 
@@ -61,11 +63,12 @@ def unit_gate_backward(
     )
     num_rows = words_TN.numel()
     if num_rows and (with_dh or with_dz):
-        gate_backward_kernel[(triton.cdiv(num_rows, BANKS_PER_PROGRAM),)](
-            dy_TF.contiguous(), h_TF.contiguous(), logits_TF.contiguous(), words_TN, threshold_TN, width_TN,
-            dh_TF, dz_TF, num_rows, alpha, B=bank_size, BLOCK_B=triton.next_power_of_2(bank_size),
-            BLOCK_M=BANKS_PER_PROGRAM, WITH_DH=with_dh, WITH_DZ=with_dz, enable_fp_fusion=True,
-        )  # fmt: skip
+        with launch_on(h_TF.device):
+            gate_backward_kernel[(triton.cdiv(num_rows, BANKS_PER_PROGRAM),)](
+                dy_TF.contiguous(), h_TF.contiguous(), logits_TF.contiguous(), words_TN, threshold_TN, width_TN,
+                dh_TF, dz_TF, num_rows, alpha, B=bank_size, BLOCK_B=triton.next_power_of_2(bank_size),
+                BLOCK_M=BANKS_PER_PROGRAM, WITH_DH=with_dh, WITH_DZ=with_dz, enable_fp_fusion=True,
+            )  # fmt: skip
     return dh_TF, dz_TF
 
 

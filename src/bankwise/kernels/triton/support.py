@@ -3,6 +3,7 @@
 Shapes: T tokens, F channels.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -55,6 +56,11 @@ def device_name() -> str:
     import triton
 
     return "Triton's interpreter, for tests" if triton.knobs.runtime.interpret else torch.cuda.get_device_name()
+
+
+def launch_on(device: torch.device) -> AbstractContextManager:
+    """Kernels launched inside run on this device, whichever is the current one (a model may be spread over several)."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def decode_limits(*, forced: bool) -> Limits:

@@ -1,0 +1,151 @@
+"""When the Triton kernels run, what they refuse, and whole models through them."""
+
+import pytest
+import torch
+from kernels.kernel_cases import Case, make_input, make_layer
+from kernels.triton_cases import DEVICE
+
+import bankwise
+from bankwise import SparsityConfig
+from bankwise.cli import main
+from bankwise.errors import KernelError
+from bankwise.ffn import SparseSwiGLU, record_routing, sparse_layers
+from bankwise.inference import prepare
+from bankwise.kernels import dispatch
+from bankwise.kernels.triton import support
+
+GREEDY = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 258}
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    monkeypatch.setenv("BANKWISE_KERNEL", "triton")
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(support, "unavailable", lambda: "no CUDA device is available")
+
+
+def case_on_device(**changes):
+    case = Case(**changes)
+    return make_layer(case).to(DEVICE), make_input(case).to(DEVICE)
+
+
+def reference(layer, x):
+    return layer.down_proj(layer._gate(layer.dense_activation(x), layer.logits(x)))
+
+
+@torch.no_grad()
+def test_the_kernels_run_when_asked_for(forced):
+    layer, x = case_on_device(tokens=3)
+    assert dispatch.choose(layer, x) == ("triton", support.device_name())
+    expected = reference(layer, x)
+    torch.testing.assert_close(layer(x), expected)
+    assert (layer.packed.kernel, layer.packed.max_tokens) == ("triton", 8)
+    layer.gate_proj.weight.mul_(2)
+    torch.testing.assert_close(layer(x), reference(layer, x))
+    more = make_input(Case(tokens=9)).to(DEVICE)
+    torch.testing.assert_close(layer(more), reference(layer, more))
+
+
+@torch.no_grad()
+def test_the_choice_without_a_wish():
+    layer, x = case_on_device()
+    layer(x)
+    if DEVICE == "cuda":
+        assert (layer.packed.kernel, layer.packed.max_tokens) == ("triton", support.DECODE_TOKENS)
+        five = x.expand(5, -1)
+        assert dispatch.choose(layer, five).reason == "5 tokens at once; the masked dense path is faster above 4"
+    else:
+        assert layer.packed.kernel == "cpu"
+    assert support.decode_limits(forced=False).max_tokens == support.DECODE_TOKENS < support.MAX_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"gate_mode": "sigmoid"}, "gate_mode='sigmoid' scales the kept channels"),
+        ({"center": "mean"}, "center='mean' lets dropped channels contribute"),
+        ({"bank_size": 96}, "bank_size=96 is above 64"),
+    ],
+)
+@torch.no_grad()
+def test_what_the_kernels_cannot_do_raises(settings, reason, forced):
+    layer = SparseSwiGLU(64, 192, SparsityConfig(predictor_rank=16, **settings), 3).eval().to(DEVICE)
+    refusal = f"BANKWISE_KERNEL=triton, but the Triton kernels cannot run layer 3: {reason}"
+    with pytest.raises(KernelError, match=refusal):
+        layer(make_input(Case()).to(DEVICE))
+
+
+@torch.no_grad()
+def test_dtypes_and_states(forced):
+    for dtype in support.DTYPES:
+        layer, x = case_on_device(dtype=dtype)
+        assert dispatch.choose(layer, x).kernel == "triton"
+        with pytest.raises(KernelError, match="supported: all float32 or all bfloat16 or all float16"):
+            dispatch.choose(layer, x.double())
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(KernelError, match="autocast is on"):
+        dispatch.choose(layer, x)
+    with pytest.raises(KernelError, match="the input is on meta"):
+        dispatch.choose(layer, x.to("meta"))
+    with record_routing(layer):
+        assert dispatch.choose(layer, x) == ("reference", "routing statistics are being recorded")
+    for mode in dispatch.UNIT_GATES:
+        layer = SparseSwiGLU(64, 192, SparsityConfig(predictor_rank=16, gate_mode=mode), 0).eval().to(DEVICE)
+        assert dispatch.choose(layer, make_input(Case()).to(DEVICE)).kernel == "triton"
+
+
+@torch.no_grad()
+def test_without_a_gpu_the_reason_is_given(forced, no_kernels, capsys):
+    layer, x = case_on_device()
+    with pytest.raises(KernelError, match="cannot run layer 0: "):
+        layer(x)
+    assert dispatch.operators_for(torch.device(DEVICE)) == ("reference", "no CUDA device is available")
+    assert main(["env"]) == 0
+    assert "gpu kernel    none: no CUDA device is available" in capsys.readouterr().out
+    layer.train()
+    with pytest.raises(KernelError, match="the fused gate cannot run: no CUDA device is available"):
+        layer(x)
+
+
+def test_env_names_the_device(forced, capsys):
+    assert main(["env"]) == 0
+    assert f"triton: {support.device_name()}; up to 8 tokens at once" in capsys.readouterr().out
+
+
+@pytest.fixture(params=["llama", "qwen3"])
+def model(request, tiny_dense, tokens):
+    form = "linear" if request.param == "qwen3" else "gated_product"
+    sparsity = SparsityConfig(predictor_rank=32, predictor_form=form)
+    dense = tiny_dense(request.param, scale=0.15)
+    return bankwise.upcycle(dense, sparsity, calibration=tokens(4, 24), progress=False).to(DEVICE)
+
+
+def test_a_whole_model_writes_the_text_of_the_reference(model, tokens, monkeypatch):
+    ids = tokens(1, 12, seed=3).to(DEVICE)
+    monkeypatch.setenv("BANKWISE_KERNEL", "reference")
+    text = model.generate(ids, **GREEDY)
+    monkeypatch.setenv("BANKWISE_KERNEL", "triton")
+    assert prepare(model) == ["2 x sparse feed-forward, packed"]
+    assert prepare(model) == ["2 x feed-forward packed already"]
+    assert torch.equal(model.generate(ids, **GREEDY), text)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **GREEDY), text)
+    assert all(layer.packed.kernel == "triton" for layer in sparse_layers(model))
+
+
+def test_int8_weights_are_refused(model, forced):
+    with pytest.raises(KernelError, match="weights='int8' needs the CPU operators"):
+        prepare(model, weights="int8")
+
+
+def test_a_whole_model_trains_as_with_the_reference(model, tokens, monkeypatch):
+    ids = tokens(2, 12, seed=3).to(DEVICE)
+    gradients = []
+    for kernel in ("reference", "triton"):
+        monkeypatch.setenv("BANKWISE_KERNEL", kernel)
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: value.grad.clone() for name, value in model.named_parameters()})
+    for name, exact in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], exact, rtol=1e-4, atol=1e-6)
