@@ -110,6 +110,7 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--form", choices=["gated_product", "linear"], default="gated_product", help="(%(default)s)")
     sub.add_argument("--int8", action="store_true", help="ffn, decode: 8-bit weights")
     sub.add_argument("--no-compile", action="store_true", help="ffn: without the compiled dense baseline")
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ffn: where it runs (%(default)s)")
     sub.add_argument("--threads", type=int, help="threads of torch (default: all cores)")
     sub.add_argument("--csv", type=Path, help="also write the rows here")
 
@@ -234,7 +235,11 @@ def _bench(options: argparse.Namespace) -> int:
         if options.threads < 1:
             raise ConfigError(f"threads={options.threads} must be at least 1")
         torch.set_num_threads(options.threads)
-    library.load()
+    on_gpu = options.device == "cuda"
+    if on_gpu and (options.what != "ffn" or options.int8):
+        raise ConfigError("--device cuda measures `bench ffn` without --int8; leave it out for the others")
+    if not on_gpu:
+        library.load()
     settings: dict[str, Any] = {"form": options.form}
     if options.pairs is not None:
         if options.pairs < 1:
@@ -249,7 +254,9 @@ def _bench(options: argparse.Namespace) -> int:
         settings["tokens"] = options.tokens
     if options.what != "train-step":
         settings["dtype"] = getattr(torch, options.dtype)
-    if options.what == "ffn":
+    if on_gpu:
+        results = bench.bench_ffn_cuda(shape, **settings)
+    elif options.what == "ffn":
         results = bench.bench_ffn(shape, int8=options.int8, compiled=not options.no_compile, **settings)
     elif options.what == "decode":
         results = bench.bench_decode(shape, weights="int8" if options.int8 else "as_is", **settings)
