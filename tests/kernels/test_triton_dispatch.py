@@ -1,5 +1,7 @@
 """When the Triton kernels run, what they refuse, and whole models through them."""
 
+import warnings
+
 import pytest
 import torch
 from kernels.kernel_cases import Case, make_input, make_layer
@@ -94,6 +96,64 @@ def test_dtypes_and_states(forced):
     for mode in dispatch.UNIT_GATES:
         layer = SparseSwiGLU(64, 192, SparsityConfig(predictor_rank=16, gate_mode=mode), 0).eval().to(DEVICE)
         assert dispatch.choose(layer, make_input(Case()).to(DEVICE)).kernel == "triton"
+
+
+class OnCuda:
+    """What the choice looks at in an input, on a device that need not be there."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, tokens, dtype=torch.float32):
+        self.shape, self.dtype = (tokens, 64), dtype
+
+    def numel(self):
+        return self.shape[0] * self.shape[1]
+
+
+def test_the_choice_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(support, "unavailable", lambda: None)
+    monkeypatch.setattr(support, "device_name", lambda: "some GPU")
+    layer = make_layer(Case())
+    assert dispatch.choose(layer, OnCuda(4)) == ("triton", "some GPU")
+    assert dispatch.choose(layer, OnCuda(5)).reason == "5 tokens at once; the masked dense path is faster above 4"
+    assert "torch.float32, torch.float64" in dispatch.choose(layer, OnCuda(1, torch.float64)).reason
+    layer.active_per_bank = 64
+    assert "equals the dense model" in dispatch.choose(layer, OnCuda(1)).reason
+    layer.active_per_bank = 16
+    monkeypatch.setenv("BANKWISE_KERNEL", "cpu")
+    with pytest.raises(KernelError, match="the CPU operators cannot run layer 0: the input is on cuda"):
+        dispatch.choose(layer, OnCuda(1))
+    monkeypatch.setenv("BANKWISE_KERNEL", "triton")
+    assert dispatch.choose(layer, OnCuda(8)).kernel == "triton"
+
+
+def test_the_gate_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(support, "unavailable", lambda: None)
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    assert support.runs_gate(None, "cuda", half, single, 64)
+    assert not support.runs_gate("reference", "cuda", half, single, 64)
+    assert not support.runs_gate(None, "cpu", half, single, 64)
+    for unsupported in ((double, double, 64), (half, half, 64), (half, single, 65)):
+        assert not support.runs_gate(None, "cuda", *unsupported)
+        with pytest.raises(KernelError, match="BANKWISE_KERNEL=triton, but the fused gate cannot run: "):
+            support.runs_gate("triton", "cuda", *unsupported)
+
+
+def test_a_gpu_without_kernels_warns_once(monkeypatch):
+    monkeypatch.setattr(support, "unavailable", lambda: "triton is not installed")
+    support._warn_once.cache_clear()
+    dispatch._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert dispatch.choose(make_layer(Case()), OnCuda(1)) == ("reference", "triton is not installed")
+            assert not support.runs_gate(None, "cuda", torch.float32, torch.float32, 64)
+    assert sorted(str(warning.message) for warning in seen) == [
+        "bankwise decodes with the slower PyTorch reference: triton is not installed",
+        "bankwise trains with the slower PyTorch gate: triton is not installed",
+    ]
 
 
 @torch.no_grad()

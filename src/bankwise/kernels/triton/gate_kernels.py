@@ -28,7 +28,7 @@ def gate_forward_kernel(
     else:
         keys_MB = tl.where(is_real_MB, order_keys(logits_MB), 0)
         mask_MB, kth_M, next_M = keep_largest(keys_MB, K)
-        threshold_M = (logits_of(kth_M) + logits_of(next_M)) / 2
+        threshold_M = (logits_of(kth_M) + logits_of(next_M)) * 0.5
         from_cut_MB = tl.where(is_real_MB, logits_MB - threshold_M[:, None], 0.0)
         mean_M = tl.sum(from_cut_MB, axis=1) / B
         moved_MB = tl.where(is_real_MB, from_cut_MB - mean_M[:, None], 0.0)

@@ -3,6 +3,7 @@
 Shapes: T tokens, F channels.
 """
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple
@@ -77,6 +78,8 @@ def runs_gate(
     if requested in ("reference", "cpu") or (requested is None and device != "cuda"):
         return False
     reason = unavailable()
+    if reason is not None and requested is None:
+        _warn_once(reason)
     if reason is None and device != decode_limits(forced=True).device:
         reason = f"the input is on {device}"
     if reason is None and h_dtype not in DTYPES:
@@ -88,3 +91,8 @@ def runs_gate(
     if reason is not None and requested == "triton":
         raise KernelError(f"BANKWISE_KERNEL=triton, but the fused gate cannot run: {reason}")
     return reason is None
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"bankwise trains with the slower PyTorch gate: {reason}", stacklevel=5)
