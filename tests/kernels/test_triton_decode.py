@@ -14,7 +14,6 @@ from kernels.triton_cases import (
     errors,
     packed_case,
     poison,  # noqa: F401
-    predictor_of,
     reference_mask,
     relative_rms,
     select,
@@ -178,12 +177,20 @@ def test_the_operator_is_well_formed_for_torch_and_compiles_whole():
     expected = dispatch.run_packed(layer, layer.packed, x)
     program = torch.compile(lambda x: dispatch.run_packed(layer, layer.packed, x), backend="aot_eager", fullgraph=True)
     assert torch.equal(program(x), expected)
-    own = predictor_of(layer)
+    own = decode.Predictor.of(layer.predictor)
     torch.library.opcheck(
         torch.ops.bankwise.ffn_decode_gpu.default,
         (x, layer.packed.weights_F3P, None, *own, None, None, None, 64, 16),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_inference_mode():
+    layer, x = packed_case(Case(tokens=2))
+    with torch.no_grad():
+        expected = dispatch.run_packed(layer, layer.packed, x)
+    with torch.inference_mode():
+        assert torch.equal(dispatch.run_packed(layer, layer.packed, x), expected)
 
 
 @torch.no_grad()

@@ -59,19 +59,12 @@ def packed_case(case: Case) -> tuple[SparseSwiGLU, Tensor]:
     return layer, make_input(case).to(DEVICE)
 
 
-def predictor_of(layer: SparseSwiGLU) -> decode.Predictor:
-    own = layer.predictor
-    names = ("gate_offset", "up_offset", "gate_log_noise", "up_log_noise")
-    return decode.Predictor(
-        own.reduce.weight, own.expand.weight, own.expand.bias, *(getattr(own, name, None) for name in names)
-    )
-
-
 @torch.no_grad()
 def select(layer: SparseSwiGLU, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """logits_TF and the mask of the channels that the kernels chose; checks what every choice must hold."""
     size, active = layer.bank_size, layer.active_per_bank
-    active_TA, bad_TN, logits_TF = decode.select_channels(x_TD, predictor_of(layer), size, active, keep_logits=True)
+    predictor = decode.Predictor.of(layer.predictor)
+    active_TA, bad_TN, logits_TF = decode.select_channels(x_TD, predictor, size, active, keep_logits=True)
     assert logits_TF is not None
     assert active_TA.dtype == torch.int32
     assert (bad_TN == (~logits_TF.isfinite()).unflatten(-1, (-1, size)).sum(-1)).all()

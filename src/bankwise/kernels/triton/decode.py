@@ -15,12 +15,13 @@ Shapes: T tokens (at most 8), D hidden, F channels, N banks of B channels, K act
         R predictor rank, P a row of D padded (the packed layout of `bankwise.kernels.cpu.packing`), S shares.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import triton
 from torch import Tensor
 
+from bankwise import ffn
 from bankwise.errors import KernelError, RoutingError
 from bankwise.kernels.triton.decode_kernels import (
     activate_kernel,
@@ -44,6 +45,12 @@ class Predictor(NamedTuple):
     up_offset_F: Tensor | None = None
     gate_log_noise_F: Tensor | None = None
     up_log_noise_F: Tensor | None = None
+
+    @classmethod
+    def of(cls, module: ffn.Predictor) -> Self:
+        """The tensors of this module."""
+        own = (getattr(module, name, None) for name in ("gate_offset", "up_offset", "gate_log_noise", "up_log_noise"))
+        return cls(module.reduce.weight, module.expand.weight, module.expand.bias, *own)
 
 
 def select_channels(
