@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/bankwise run recipes/smollm2-135m-cpu.yaml --overwrite
@@ -18,6 +18,13 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+# The CPU operators with AddressSanitizer and UBSan, over the random cases of the tests. Built before the sanitizer's
+# runtime is loaded, so that it does not slow down the compiler.
+sanitize: $(VENV)/.dev
+	$(BIN)/python -c "from bankwise.kernels.cpu.build import library_path; library_path(sanitize=True)"
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 BANKWISE_SANITIZE=1 $(BIN)/python tests/kernels/kernel_cases.py
 
 clean:
 	rm -rf $(VENV) runs

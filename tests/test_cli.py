@@ -16,7 +16,7 @@ import bankwise.pipeline
 from bankwise.cli import main
 from bankwise.config import CalibrationConfig, DataSource, EvalConfig, Recipe, SparsityConfig, Stage, load_recipe
 
-COMMANDS = ("run", "upcycle", "train", "eval", "generate", "env")
+COMMANDS = ("run", "upcycle", "train", "eval", "generate", "bench", "env")
 
 
 @pytest.fixture(scope="module")

@@ -111,6 +111,9 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--int8", action="store_true", help="ffn, decode: 8-bit weights")
     sub.add_argument("--no-compile", action="store_true", help="ffn: without the compiled dense baseline")
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ffn: where it runs (%(default)s)")
+    sub.add_argument(
+        "--idle", action="store_true", help="count only pairs while other processes use under 10 %% of a core"
+    )
     sub.add_argument("--threads", type=int, help="threads of torch (default: all cores)")
     sub.add_argument("--csv", type=Path, help="also write the rows here")
 
@@ -240,7 +243,7 @@ def _bench(options: argparse.Namespace) -> int:
         raise ConfigError("--device cuda measures `bench ffn` without --int8; leave it out for the others")
     if not on_gpu:
         library.load()
-    settings: dict[str, Any] = {"form": options.form}
+    settings: dict[str, Any] = {"form": options.form, "idle_only": options.idle}
     if options.pairs is not None:
         if options.pairs < 1:
             raise ConfigError(f"pairs={options.pairs} must be at least 1")

@@ -11,8 +11,8 @@ import torch
 from kernels.kernel_cases import Case, make_input, make_layer
 
 from bankwise import SparsityConfig
-from bankwise.errors import KernelError
-from bankwise.ffn import SparseSwiGLU, record_routing
+from bankwise.errors import KernelError, RoutingError
+from bankwise.ffn import SparseSwiGLU, bank_topk_mask, record_routing
 from bankwise.kernels import dispatch
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -157,6 +157,20 @@ def test_recording_sees_a_packed_layer_as_before():
         layer(x)
     torch.testing.assert_close(after.recalls, before.recalls)
     torch.testing.assert_close(after.retained, before.retained)
+
+
+def test_training_routes_with_the_operator_and_keeps_its_bits(monkeypatch):
+    gradients = []
+    for kernel in ("reference", "cpu"):
+        monkeypatch.setenv("BANKWISE_KERNEL", kernel)
+        layer, x = make_layer(Case(tokens=300)).train(), make_input(Case(tokens=300))
+        with torch.enable_grad():
+            layer(x).square().sum().backward()
+        gradients.append([value.grad for value in layer.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    logits = torch.full((2, 64), float("nan"))
+    with pytest.raises(RoutingError, match="128 of 128 router logits are not finite"):
+        bank_topk_mask(logits)
 
 
 NO_COMPILER = """

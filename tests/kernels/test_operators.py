@@ -19,6 +19,7 @@ from kernels.kernel_cases import (
 )
 
 from bankwise.errors import KernelError, RoutingError
+from bankwise.ffn import bank
 from bankwise.ffn.bank import bank_topk_mask_reference, cut_banks
 from bankwise.kernels import dispatch
 from bankwise.kernels.cpu import library
@@ -93,7 +94,8 @@ def test_routing_is_the_reference_bit_for_bit(isa):
 
 
 @pytest.mark.parametrize("active", [1, 16, 63, 64])
-def test_routing_thresholds(isa, active):
+def test_routing_thresholds(isa, active, monkeypatch):
+    monkeypatch.setattr(bank, "fast_cut", None)
     logits = torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(0))
     mask, threshold = torch.ops.bankwise.route(logits, 64, active)
     cut = cut_banks(logits, bank_size=64, active_per_bank=active)

@@ -48,7 +48,7 @@ def test_logits_and_text_are_those_of_the_reference(model, tokens, rows, monkeyp
 
 def test_preparing_is_reported_and_changes_no_weight(model, tokens):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert prepare(model) == ["2 x sparse feed-forward, packed", "9 x linear layer"]
+    assert prepare(model) == ["2 x sparse feed-forward, packed", "9 x linear layer", "2 x decoder layer"]
     assert prepare(model) == ["2 x feed-forward packed already"]
     after = model.state_dict()
     assert list(after) == list(before)

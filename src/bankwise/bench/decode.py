@@ -1,9 +1,10 @@
 """Decoding with a whole model, one token after the other: the sparse model against dense ones of the same shape.
 
 Baselines by name: `hf-dense` (the dense family's own class), `op-dense` (the same with every linear layer through the
-CPU operator, as good a dense engine as ours), and with `overhead` the time that one step spends outside the operators.
+CPU operator, as good a dense engine as ours). A last row gives the share of a step that is spent outside the operators.
 """
 
+import dataclasses
 import time
 from typing import Any
 
@@ -25,9 +26,14 @@ STEPS = 8
 
 @torch.no_grad()
 def bench_decode(
-    shape: Shape, *, dtype: torch.dtype = torch.bfloat16, pairs: int = 8, form: str = "gated_product",
+    shape: Shape,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    pairs: int = 8,
+    form: str = "gated_product",
     weights: Weights = "as_is",
-) -> list[BenchResult]:  # fmt: skip
+    idle_only: bool = False,
+) -> list[BenchResult]:
     """Milliseconds per token of the sparse model, prepared as `bankwise generate` prepares it."""
     sparsity = SparsityConfig(predictor_rank=shape.rank, predictor_form=form)  # type: ignore[arg-type]
     sparse = random_model(shape, dtype, sparsity)
@@ -35,28 +41,48 @@ def bench_decode(
         "bench": "decode", "tokens": 1, "D": shape.hidden, "F": shape.ffn, "R": shape.rank, "dtype": str(dtype)[6:],
     }  # fmt: skip
     ids = torch.randint(1, shape.vocab, (1, CONTEXT), generator=torch.Generator().manual_seed(1))
-    before = sparse(ids[:, :9]).logits[:, -1].float()
-    moved = _bytes_per_token(sparse, shape)
-    prepare(sparse, weights=weights)
     impl = "sparse" if weights == "as_is" else "sparse-int8"
-    cache = DynamicCache(config=sparse.config)
-    sparse(ids[:, :8], past_key_values=cache)
-    after = sparse(ids[:, 8:9], past_key_values=cache).logits[:, -1].float()
-    error = float((after - before).square().mean().sqrt() / before.square().mean().sqrt())
-    # bfloat16 activations of two code paths, 28 layers deep: 3-5 % of the logits' spread at the 1.5B shape.
-    if not error <= 0.15:
-        reason = f"logits differ from the reference: relative error {error:.2e}"
+    error, allowed = _errors(shape, dtype, sparsity, weights, ids)
+    if not error <= allowed:
+        reason = f"logits differ from those in float32: relative error {error:.2e}, allowed {allowed:.2e}"
         return [stamped(BenchResult(impl=impl, status="wrong", reason=reason, **fields))]
+    moved = _bytes_per_token(sparse, shape, weights)
+    prepare(sparse, weights=weights)
     dense = random_model(shape, dtype, None)
     engine = random_model(shape, dtype, None)
     prepare(engine)
     baselines = {"hf-dense": decoder(dense, ids), "op-dense": decoder(engine, ids)}
-    timings = interleave(decoder(sparse, ids), baselines, pairs=pairs, min_seconds=0.0)
+    timings = interleave(decoder(sparse, ids), baselines, pairs=pairs, min_seconds=0.0, idle_only=idle_only)
     rows = [timed_row(impl, name, timing, moved * STEPS, fields) for name, timing in timings.items()]
     for row in rows:
         row.p10_ms, row.p50_ms, row.p90_ms = row.p10_ms / STEPS, row.p50_ms / STEPS, row.p90_ms / STEPS
         row.base_p50_ms, row.bytes = row.base_p50_ms / STEPS, moved
-    return [*rows, _overhead(sparse, ids, pairs, fields)]
+    return [*rows, _overhead(impl, sparse, ids, pairs, fields)]
+
+
+def _errors(
+    shape: Shape, dtype: torch.dtype, sparsity: SparsityConfig, weights: Weights, ids: torch.Tensor
+) -> tuple[float, float]:
+    """Relative error of a decoded token's logits against the reference in float32, and what is allowed.
+
+    Two layers of the shape: with random weights every channel is near the cut, and in bfloat16 the channels that change
+    sides add up over 28 layers, in the reference as in the operators.
+    """
+    shape = dataclasses.replace(shape, layers=min(2, shape.layers))
+    model: Any = random_model(shape, dtype, sparsity)
+    exact = model.to(torch.float32)(ids[:, :9]).logits[:, -1]
+    model.to(dtype)
+    plain = model(ids[:, :9]).logits[:, -1].float()
+    prepare(model, weights=weights)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :8], past_key_values=cache)
+    decoded = model(ids[:, 8:9], past_key_values=cache).logits[:, -1].float()
+
+    def error(logits: torch.Tensor) -> float:
+        return float((logits - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+    # int8 was 0.05 to 0.17 off on these random weights, with a plain bfloat16 model 0.02 to 0.12 off.
+    return error(decoded), 0.3 if weights == "int8" else max(1.5 * error(plain), 1e-5)
 
 
 def decoder(model: PreTrainedModel, ids: torch.Tensor) -> Step:
@@ -69,27 +95,29 @@ def decoder(model: PreTrainedModel, ids: torch.Tensor) -> Step:
         following = token
         for _ in range(STEPS):
             following = model(following, past_key_values=cache).logits[:, -1:].argmax(-1)
-        cache.crop(CONTEXT)
+        cache.crop(-STEPS)
 
     return step
 
 
-def _bytes_per_token(model: PreTrainedModel, shape: Shape) -> int:
+def _bytes_per_token(model: PreTrainedModel, shape: Shape, weights: Weights) -> int:
     """Weights that one token reads: a quarter of the feed-forward, all else but an embedding that is only looked up."""
     total = 0
     for name, value in model.named_parameters():
         if "embed_tokens" in name and not shape.tied:
             continue
+        is_quantised = weights == "int8" and value.dim() == 2 and "predictor" not in name
+        size = value.numel() if is_quantised else value.nbytes
         is_gathered = any(part in name for part in ("gate_proj", "up_proj", "down_proj"))
-        total += value.nbytes // 4 if is_gathered else value.nbytes
+        total += size // 4 if is_gathered else size
     return total
 
 
-def _overhead(model: PreTrainedModel, ids: torch.Tensor, pairs: int, fields: dict[str, Any]) -> BenchResult:
+def _overhead(impl: str, model: PreTrainedModel, ids: torch.Tensor, pairs: int, fields: dict[str, Any]) -> BenchResult:
     """Share of a step that is spent outside the operators: `ratio` is overhead / step here."""
     inside = 0.0
     operators = torch.ops.bankwise
-    names = ("ffn_decode", "linear")
+    names = ("ffn_decode", "linear", "attention_input", "attention_output")
     originals = {name: getattr(operators, name) for name in names}
 
     def timed(function: Any) -> Any:
@@ -120,7 +148,7 @@ def _overhead(model: PreTrainedModel, ids: torch.Tensor, pairs: int, fields: dic
     ratio_p10, ratio_p50, ratio_p90 = quantiles(shares)
     return stamped(
         BenchResult(
-            impl="sparse", baseline="share outside operators", pairs=len(shares), p10_ms=p10, p50_ms=p50, p90_ms=p90,
+            impl=impl, baseline="share outside operators", pairs=len(shares), p10_ms=p10, p50_ms=p50, p90_ms=p90,
             ratio_p10=ratio_p10, ratio_p50=ratio_p50, ratio_p90=ratio_p90, **fields,
         )
     )  # fmt: skip

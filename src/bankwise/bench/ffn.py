@@ -31,6 +31,7 @@ def bench_ffn(
     tokens: int = 1,
     pairs: int = 20,
     form: str = "gated_product",
+    idle_only: bool = False,
     int8: bool = False,
     compiled: bool = True,
 ) -> list[BenchResult]:
@@ -69,7 +70,9 @@ def bench_ffn(
         baselines["op-bfloat16" if dtype == torch.bfloat16 else "op-float32"] = lambda: dispatch.run_packed(
             layer, packed, x_TD
         )
-    timings = interleave(lambda: dispatch.run_packed(measured, measured_packed, x_TD), baselines, pairs=pairs)
+    timings = interleave(
+        lambda: dispatch.run_packed(measured, measured_packed, x_TD), baselines, pairs=pairs, idle_only=idle_only
+    )
     return [timed_row(impl, name, timing, moved, fields) for name, timing in timings.items()]
 
 

@@ -39,6 +39,7 @@ def bench_ffn_cuda(
     tokens: int = 1,
     pairs: int = 20,
     form: str = "gated_product",
+    idle_only: bool = False,
 ) -> list[BenchResult]:
     """Measure one layer of `shape` on the GPU (in Triton's interpreter: on the CPU, to test this function).
 
@@ -74,7 +75,7 @@ def bench_ffn_cuda(
         "torch-fused": _recorded(fused, x_TD, calls),
         "op-all-channels": _recorded(every, x_TD, calls),
     }
-    timings = interleave(_recorded(sparse, x_TD, calls), baselines, pairs=pairs)
+    timings = interleave(_recorded(sparse, x_TD, calls), baselines, pairs=pairs, idle_only=idle_only)
     return [timed_row("op", name, _per_call(timing, calls), moved, fields) for name, timing in timings.items()]
 
 

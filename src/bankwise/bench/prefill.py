@@ -17,7 +17,13 @@ from bankwise.inference.decoding import prepare
 
 @torch.no_grad()
 def bench_prefill(
-    shape: Shape, *, dtype: torch.dtype = torch.bfloat16, tokens: int = 256, pairs: int = 6, form: str = "gated_product"
+    shape: Shape,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    tokens: int = 256,
+    pairs: int = 6,
+    form: str = "gated_product",
+    idle_only: bool = False,
 ) -> list[BenchResult]:
     """Milliseconds of one prompt of `tokens` tokens. Baselines: `hf-dense`, and `sparse-unpacked`, the same sparse
     model before `prepare`, whose weights are in their ordinary layout."""
@@ -33,7 +39,7 @@ def bench_prefill(
         "bench": "prefill", "phase": "prefill", "tokens": tokens, "D": shape.hidden, "F": shape.ffn, "R": shape.rank,
         "dtype": str(dtype)[6:],
     }  # fmt: skip
-    timings = interleave(_step(sparse, ids), baselines, pairs=pairs, min_seconds=0.0)
+    timings = interleave(_step(sparse, ids), baselines, pairs=pairs, min_seconds=0.0, idle_only=idle_only)
     moved = sum(value.nbytes for value in sparse.parameters())
     return [timed_row("sparse", name, timing, moved, fields) for name, timing in timings.items()]
 

@@ -21,7 +21,12 @@ from bankwise.training import parameter_groups
 
 
 def bench_train_step(
-    shape: Shape, *, tokens: int = 1024, pairs: int = 8, form: str = "gated_product"
+    shape: Shape,
+    *,
+    tokens: int = 1024,
+    pairs: int = 8,
+    form: str = "gated_product",
+    idle_only: bool = False,
 ) -> list[BenchResult]:
     """Milliseconds of one optimiser step on two rows of `tokens` / 2 tokens."""
     keep_freed_memory()
@@ -35,7 +40,9 @@ def bench_train_step(
         "R": shape.rank, "dtype": "bfloat16 autocast",
     }  # fmt: skip
     with bf16_router_products():
-        timings = interleave(_step(sparse, ids), {"hf-dense": _step(dense, ids)}, pairs=pairs, min_seconds=0.0)
+        timings = interleave(
+            _step(sparse, ids), {"hf-dense": _step(dense, ids)}, pairs=pairs, min_seconds=0.0, idle_only=idle_only
+        )
     return [timed_row("sparse", name, timing, 0, fields) for name, timing in timings.items()]
 
 

@@ -7,7 +7,7 @@ Shapes: T any leading dimensions (tokens), F FFN channels, N banks (F / B), B ch
         K active channels per bank (`active_per_bank`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,10 @@ class BankCut(NamedTuple):
 
     threshold_TN1: Tensor | None
     """Routing dtype, midpoint of the K-th and (K+1)-th largest logits; None when K = B (nothing is cut)."""
+
+
+fast_cut: Callable[[Tensor, int, int], BankCut | None] | None = None
+"""Set by `bankwise.kernels`: the same cut of (logits, bank_size, active_per_bank), or None where it cannot make it."""
 
 
 def bank_topk_mask_reference(logits_TF: Tensor, *, bank_size: int = 64, active_per_bank: int = 16) -> Tensor:
@@ -56,6 +60,10 @@ def cut_banks(logits_TF: Tensor, *, bank_size: int, active_per_bank: int) -> Ban
     (tests/ffn/test_bank.py).
     """
     logits_TF = to_routing_dtype(logits_TF.detach())
+    if fast_cut is not None and not torch.compiler.is_compiling():
+        cut = fast_cut(logits_TF, bank_size, active_per_bank)
+        if cut is not None:
+            return cut
     _check_finite(logits_TF)
     if active_per_bank == bank_size:
         return BankCut(torch.ones_like(logits_TF, dtype=torch.bool), None)

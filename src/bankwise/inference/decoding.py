@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bankwise.errors import ConfigError, KernelError
 from bankwise.ffn.layer import SparseSwiGLU, sparse_layers
+from bankwise.inference.decode_layer import DECODE_LAYERS
 from bankwise.kernels import dispatch
 from bankwise.kernels.cpu.library import MAX_TOKENS, huge_page_tensor
 from bankwise.kernels.cpu.packing import pack_int8, quantise_rows
@@ -82,6 +83,14 @@ def prepare(model: nn.Module, *, weights: Weights = "as_is") -> list[str]:
         if operators.kernel == "cpu" and id(module) not in inner and type(module) is nn.Linear and _is_plain(module):
             kind = _prepare_linear(module, weights)
             done[kind] = done.get(kind, 0) + 1
+    for module in model.modules():
+        if type(module) in DECODE_LAYERS and all(
+            type(linear) is DecodeLinear
+            for linear in module.get_submodule("self_attn").children()
+            if isinstance(linear, nn.Linear)
+        ):
+            module.__class__ = DECODE_LAYERS[type(module)]
+            done["decoder layer"] = done.get("decoder layer", 0) + 1
     return [f"{count} x {kind}" for kind, count in done.items()]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bankwise.errors import KernelError, RoutingError
-from bankwise.ffn.bank import bank_topk_mask
+from bankwise.ffn.bank import BankCut, bank_topk_mask
 from bankwise.ffn.gates import SteUnitGate
 from bankwise.ffn.layer import SparseSwiGLU
 from bankwise.kernels.cpu import library
@@ -114,10 +114,47 @@ def fast_forward(layer: SparseSwiGLU, x_TD: Tensor) -> Tensor | None:
             return None
         mask_TF = bank_topk_mask(layer.logits(x_TD), bank_size=layer.bank_size, active_per_bank=layer.active_per_bank)
         return dense_forward_int8(layer, x_TD, mask_TF)
-    if torch.compiler.is_compiling():
-        return run_packed(layer, packed, x_TD)
+    return decode(layer, packed, x_TD)
+
+
+def fast_cut(logits_TF: Tensor, bank_size: int, active_per_bank: int) -> BankCut | None:
+    """`ffn.bank.cut_banks` by the operator, which selects without a sort and on all threads; the same bits."""
+    if (
+        logits_TF.device.type != "cpu"
+        or logits_TF.dtype != torch.float32
+        or active_per_bank == bank_size
+        or bank_size > library.MAX_BANK
+        or requested_kernel() == "reference"
+        or cpu_operators().kernel != "cpu"
+    ):
+        return None
     try:
-        return run_packed(layer, packed, x_TD)
+        mask_TF, threshold_TN1 = torch.ops.bankwise.route(logits_TF, bank_size, active_per_bank)
+    except RuntimeError as error:
+        if "router logits are not finite" in str(error):
+            return None  # the reference raises the error that users know
+        raise
+    return BankCut(mask_TF, threshold_TN1)
+
+
+def runs_packed(layer: SparseSwiGLU) -> bool:
+    """Whether a few tokens of a packed layer go to the CPU operator now."""
+    return (
+        layer.packed is not None
+        and layer.packed.kernel == "cpu"
+        and layer.routing_record is None
+        and not (os.environ.get("BANKWISE_KERNEL") == "reference" and layer.packed.scales_F3 is None)
+    )
+
+
+def decode(
+    layer: SparseSwiGLU, packed: PackedWeights, x_TD: Tensor, *, norm: Tensor | None = None, epsilon: float = 0.0
+) -> Tensor:
+    """`run_packed`, with the error that users know for logits that are not finite."""
+    if torch.compiler.is_compiling():
+        return run_packed(layer, packed, x_TD, norm=norm, epsilon=epsilon)
+    try:
+        return run_packed(layer, packed, x_TD, norm=norm, epsilon=epsilon)
     except RuntimeError as error:
         raise _translated(error) from None
 
@@ -142,16 +179,16 @@ def unit_gate(h_TF: Tensor, logits_TF: Tensor, *settings: float) -> Tensor:
     return gate.apply(h_TF, logits_TF, *settings)
 
 
-def run_packed(layer: SparseSwiGLU, packed: PackedWeights, x_TD: Tensor) -> Tensor:
-    """The operator on the layer's packed weights and its predictor, no checks."""
+def run_packed(
+    layer: SparseSwiGLU, packed: PackedWeights, x_TD: Tensor, *, norm: Tensor | None = None, epsilon: float = 0.0
+) -> Tensor:
+    """The operator on the layer's packed weights and its predictor. With `norm`, x + layer(RMS norm of x) instead."""
     # Dictionaries instead of attributes: nn.Module resolves each attribute in Python, 13 of them cost 8 us a layer.
     modules = layer._modules
     predictor: Any = modules["predictor"]
     own: dict[str, Any] = predictor._parameters
     expand = predictor._modules["expand"]._parameters
-    is_gpu = packed.kernel == "triton"
-    operator = torch.ops.bankwise.ffn_decode_gpu if is_gpu else torch.ops.bankwise.ffn_decode
-    return operator(
+    arguments = (
         x_TD,
         packed.weights_F3P,
         packed.scales_F3,
@@ -168,6 +205,10 @@ def run_packed(layer: SparseSwiGLU, packed: PackedWeights, x_TD: Tensor) -> Tens
         layer.bank_size,
         layer.active_per_bank,
     )
+    if packed.kernel == "triton":
+        assert norm is None
+        return torch.ops.bankwise.ffn_decode_gpu(*arguments)
+    return torch.ops.bankwise.ffn_decode(*arguments, norm, epsilon)
 
 
 def _tokens(x_TD: Tensor) -> int:

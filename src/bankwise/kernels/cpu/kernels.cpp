@@ -35,6 +35,8 @@ typedef float Floats __attribute__((vector_size(kBytes)));
 typedef int32_t Ints __attribute__((vector_size(kBytes)));
 typedef uint32_t Words __attribute__((vector_size(kBytes)));
 
+typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
+
 #define INLINE inline __attribute__((always_inline))
 
 template <class V>
@@ -76,6 +78,7 @@ INLINE Floats sum_rows(Floats* rows) {
   if constexpr (G == kLanes) {
     return rows[0];
   } else {
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes / (2 * G); ++i) {
       rows[i] = pair_sum<G>(rows[2 * i], rows[2 * i + 1], typename MakeIndices<kLanes>::type());
     }
@@ -118,6 +121,7 @@ INLINE Floats elements(Vector vector, int64_t start, int count) {
     memcpy(lanes, (const float*)vector.data + start, count * sizeof(float));
   } else {
     const uint16_t* halves = (const uint16_t*)vector.data + start;
+    if (count == kLanes) return (Floats)(__builtin_convertvector(load<Halves>(halves), Words) << 16);
     uint32_t words[kLanes] = {};
     for (int i = 0; i < count; ++i) words[i] = (uint32_t)halves[i] << 16;
     memcpy(lanes, words, sizeof(lanes));
@@ -255,7 +259,8 @@ void linear_rows(const Linear& problem, int64_t begin, int64_t end) {
     const float bias = problem.bias.data == nullptr ? 0.0f : element(problem.bias, row);
     const float scale = W::kType == kInt8 ? weight.scales[row] : 1.0f;
     for (t = 0; t < tokens; ++t) {
-      const float value = out[t] * scale + bias;
+      float value = out[t] * scale + bias;
+      if (problem.residual.data != nullptr) value += element(problem.residual, t * weight.rows + row);
       if (problem.output_type == kFloat32) {
         ((float*)problem.output)[t * weight.rows + row] = value;
       } else {
@@ -340,24 +345,13 @@ INLINE Floats expected_energy(Floats gate, Floats up, Floats gate_log_noise, Flo
   return gate_energy + 2.0f * log_sigmoid + log_of(up * up + exp_of(up_log_noise));
 }
 
-// kLanes rows times the code of one token, from column `first` on; the sum of row i is in lane i.
+// `rows` <= kLanes rows times the code of one token, from column `first` on; the sum of row i is in lane i.
 template <class W>
-INLINE Floats dot_rows(const typename W::Element* w, int64_t stride, int rows, const float* code, int64_t columns) {
+__attribute__((noinline)) Floats dot_some_rows(const typename W::Element* w, int64_t stride, int rows, const float* code,
+                                               int64_t first, int64_t columns) {
   constexpr int kBlock = kLanes * W::kParts;
   Floats acc[kLanes] = {};
-  int64_t i = 0;
-  if (rows == kLanes) {
-    for (; i + kBlock <= columns; i += kBlock) {
-      Floats c[W::kParts];
-      for (int p = 0; p < W::kParts; ++p) c[p] = load<Floats>(code + i + p * kLanes);
-      for (int row = 0; row < kLanes; ++row) {
-        Floats parts[W::kParts];
-        W::unpack(load<Words>(w + row * stride + i), parts);
-        for (int p = 0; p < W::kParts; ++p) acc[row] += parts[p] * c[p];
-      }
-    }
-  }
-  for (; i < columns; i += kBlock) {
+  for (int64_t i = first; i < columns; i += kBlock) {
     const int64_t count = columns - i < kBlock ? columns - i : kBlock;
     for (int row = 0; row < rows; ++row) {
       Floats parts[W::kParts];
@@ -366,6 +360,30 @@ INLINE Floats dot_rows(const typename W::Element* w, int64_t stride, int rows, c
     }
   }
   return sum_rows(acc);
+}
+
+template <class W>
+INLINE Floats dot_rows(const typename W::Element* w, int64_t stride, int rows, const float* code, int64_t columns) {
+  constexpr int kBlock = kLanes * W::kParts;
+  if (rows < kLanes) return dot_some_rows<W>(w, stride, rows, code, 0, columns);
+  Floats acc[kLanes];  // unrolled, so that it stays in registers
+#pragma GCC unroll 16
+  for (int row = 0; row < kLanes; ++row) acc[row] = Floats{};
+  int64_t i = 0;
+  for (; i + kBlock <= columns; i += kBlock) {
+    Floats c[W::kParts];
+    for (int p = 0; p < W::kParts; ++p) c[p] = load<Floats>(code + i + p * kLanes);
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes; ++row) {
+      // The same place of the rows that come next; past the last row nothing is read.
+      __builtin_prefetch(w + (row + kLanes) * stride + i);
+      Floats parts[W::kParts];
+      W::unpack(load<Words>(w + row * stride + i), parts);
+      for (int p = 0; p < W::kParts; ++p) acc[row] += parts[p] * c[p];
+    }
+  }
+  const Floats total = sum_rows(acc);
+  return i < columns ? total + dot_some_rows<W>(w, stride, rows, code, i, columns) : total;
 }
 
 // One bit per channel of a bank.
@@ -673,8 +691,126 @@ INLINE void gather_channel(const Decode& problem, int64_t channel, const int* wh
   add_down<W, n>(record + 2 * P, P, h, rows, next);
 }
 
+// One token. Its channels go in batches of kLanes: first gate and up of each, then SiLU of all at once, then the down
+// columns four at a time, so that the accumulator is read and written a quarter as often. Every loop fetches the rows
+// that the next one reads, so that the memory never waits between two short rows.
+template <class W, bool use_halves>
+INLINE void dot_pair_alone(const typename W::Element* gate, const Decode& problem, Floats* gate_out, Floats* up_out,
+                           const typename W::Element* const* ahead) {
+  constexpr int kBlock = kLanes * W::kParts;
+  const int64_t P = problem.padded_hidden;
+  const typename W::Element* up = gate + P;
+  const Input& input = problem.input;
+  Floats gate_acc[2 * W::kParts] = {}, up_acc[2 * W::kParts] = {};
+  auto step = [&](int64_t i, int chain) __attribute__((always_inline)) {
+    if ((i * (int64_t)sizeof(*gate)) % 64 == 0) {
+      __builtin_prefetch(ahead[0] + i);
+      __builtin_prefetch(ahead[1] + i);
+    }
+    const Words gate_words = load<Words>(gate + i), up_words = load<Words>(up + i);
+#if defined(__AVX512BF16__)
+    if constexpr (use_halves) {
+      gate_acc[chain] = dot_halves(gate_acc[chain], gate_words, input.halves + i);
+      up_acc[chain] = dot_halves(up_acc[chain], up_words, input.halves + i);
+      return;
+    }
+#endif
+    Floats gate_parts[W::kParts], up_parts[W::kParts];
+    W::unpack(gate_words, gate_parts);
+    W::unpack(up_words, up_parts);
+    for (int p = 0; p < W::kParts; ++p) {
+      const Floats x = load<Floats>(input.lanes + i + p * kLanes);
+      gate_acc[chain * W::kParts + p] += gate_parts[p] * x;
+      up_acc[chain * W::kParts + p] += up_parts[p] * x;
+    }
+  };
+  int64_t i = 0;
+  for (; i + 2 * kBlock <= P; i += 2 * kBlock) {
+    step(i, 0);
+    step(i + kBlock, 1);
+  }
+  for (; i < P; i += kBlock) step(i, 0);
+  *gate_out = gate_acc[0];
+  *up_out = up_acc[0];
+  for (int c = 1; c < 2 * W::kParts; ++c) {
+    *gate_out += gate_acc[c];
+    *up_out += up_acc[c];
+  }
+}
+
+template <class W, int n>
+INLINE void add_columns(const typename W::Element* const* down, int64_t P, const float* h, float* acc,
+                        const typename W::Element* const* ahead) {
+  constexpr int kBlock = kLanes * W::kParts;
+  for (int64_t i = 0; i < P; i += kBlock) {
+    Floats total[W::kParts];
+    for (int p = 0; p < W::kParts; ++p) total[p] = load<Floats>(acc + i + p * kLanes);
+    for (int c = 0; c < n; ++c) {
+      if ((i * (int64_t)sizeof(**down)) % 64 == 0) __builtin_prefetch(ahead[c] + i);
+      Floats parts[W::kParts];
+      W::unpack(load<Words>(down[c] + i), parts);
+      for (int p = 0; p < W::kParts; ++p) total[p] += h[c] * parts[p];
+    }
+    for (int p = 0; p < W::kParts; ++p) store(acc + i + p * kLanes, total[p]);
+  }
+}
+
+template <class W, bool use_halves>
+void gather_alone(const Decode& problem, const Selected* selected, int64_t num_selected, float* acc) {
+  using Element = typename W::Element;
+  const int64_t P = problem.padded_hidden;
+  // Past the end the last channel is fetched again, which costs nothing.
+  auto record = [&](int64_t s) __attribute__((always_inline)) {
+    return (const Element*)problem.packed + selected[s < num_selected ? s : num_selected - 1].channel * 3 * P;
+  };
+  for (int64_t first = 0; first < num_selected; first += kLanes) {
+    const int count = (int)(num_selected - first < kLanes ? num_selected - first : kLanes);
+    Floats gate_rows[kLanes] = {}, up_rows[kLanes] = {};
+    for (int c = 0; c < count; ++c) {
+      const Element* next = record(first + c + 1);
+      const Element* ahead[2] = {next, next + P};
+      if (c + 1 == count) {
+        ahead[0] = record(first) + 2 * P;
+        ahead[1] = record(first + 1) + 2 * P;
+      }
+      dot_pair_alone<W, use_halves>(record(first + c), problem, &gate_rows[c], &up_rows[c], ahead);
+    }
+    Floats gate = sum_rows(gate_rows), up = sum_rows(up_rows), down_scale = splat(1.0f);
+    if (W::kType == kInt8) {
+      for (int c = 0; c < count; ++c) {
+        const float* scales = problem.scales + 3 * (int64_t)selected[first + c].channel;
+        gate[c] *= scales[0];
+        up[c] *= scales[1];
+        down_scale[c] = scales[2];
+      }
+    }
+    if (problem.gate_bias.data != nullptr) {
+      for (int c = 0; c < count; ++c) gate[c] += element(problem.gate_bias, selected[first + c].channel);
+    }
+    if (problem.up_bias.data != nullptr) {
+      for (int c = 0; c < count; ++c) up[c] += element(problem.up_bias, selected[first + c].channel);
+    }
+    float h[kLanes];
+    store(h, gate / (1.0f + exp_of(-gate)) * up * down_scale);
+    for (int c = 0; c < count; c += 4) {
+      const Element *down[4], *ahead[4];
+      for (int i = 0; i < 4; ++i) {
+        down[i] = record(first + c + i) + 2 * P;
+        ahead[i] = c + 4 < count ? record(first + c + 4 + i) + 2 * P : record(first + count + i / 2) + (i % 2) * P;
+      }
+      switch (count - c) {
+        case 1: add_columns<W, 1>(down, P, h + c, acc, ahead); break;
+        case 2: add_columns<W, 2>(down, P, h + c, acc, ahead); break;
+        case 3: add_columns<W, 3>(down, P, h + c, acc, ahead); break;
+        default: add_columns<W, 4>(down, P, h + c, acc, ahead); break;
+      }
+    }
+  }
+}
+
 template <class W, bool use_halves>
 void gather_of(const Decode& problem, const Selected* selected, int64_t num_selected, float* acc) {
+  if (problem.input.tokens == 1) return gather_alone<W, use_halves>(problem, selected, num_selected, acc);
   const int64_t P = problem.padded_hidden;
   const typename W::Element* packed = (const typename W::Element*)problem.packed;
   for (int64_t s = 0; s < num_selected; ++s) {
@@ -711,7 +847,7 @@ void gather(const Decode& problem, const Selected* selected, int64_t num_selecte
   }
 }
 
-void finish(const Decode& problem, const float* acc, int64_t count, Vector bias, void* y, Type type) {
+void finish(const Decode& problem, const float* acc, int64_t count, Vector bias, Vector residual, void* y, Type type) {
   const int64_t P = problem.padded_hidden, tokens = problem.input.tokens;
   const int parts = problem.packed_type == kFloat32 ? 1 : problem.packed_type == kBFloat16 ? 2 : 4;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -727,6 +863,7 @@ void finish(const Decode& problem, const float* acc, int64_t count, Vector bias,
         float value = sums[(i % parts) * kLanes + i / parts];
         if (bias.data != nullptr) value += element(bias, block + i);
         const int64_t at = t * problem.hidden + block + i;
+        if (residual.data != nullptr) value += element(residual, at);
         if (type == kFloat32) {
           ((float*)y)[at] = value;
         } else {
@@ -735,6 +872,121 @@ void finish(const Decode& problem, const float* acc, int64_t count, Vector bias,
       }
     }
   }
+}
+
+INLINE float rounded(float value, Type type) { return type == kFloat32 ? value : from_bf16(to_bf16(value)); }
+
+INLINE void put(void* out, Type type, int64_t i, float value) {
+  if (type == kFloat32) {
+    ((float*)out)[i] = value;
+  } else {
+    ((uint16_t*)out)[i] = to_bf16(value);
+  }
+}
+
+void rms_norm(const void* x, Type type, int64_t rows, int64_t columns, Vector weight, float epsilon, void* out) {
+  const Vector input{x, type};
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t start = row * columns;
+    Floats squares = {};
+    int64_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes) {
+      const Floats values = elements(input, start + i, kLanes);
+      squares += values * values;
+    }
+    float total = sum(squares);
+    for (; i < columns; ++i) total += element(input, start + i) * element(input, start + i);
+    const float scale = 1.0f / sqrtf(total / (float)columns + epsilon);
+    for (i = 0; i < columns; ++i) {
+      put(out, type, start + i, rounded(element(input, start + i) * scale, type) * element(weight, i));
+    }
+  }
+}
+
+void rotate(void* x, Type type, int64_t heads, int64_t head, Vector cos, Vector sin) {
+  const Vector input{x, type};
+  const int64_t half = head / 2;
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t i = 0; i < half; ++i) {
+      const int64_t low = h * head + i, high = low + half;
+      const float a = element(input, low), b = element(input, high);
+      put(x, type, low, a * element(cos, i) - b * element(sin, i));
+      put(x, type, high, b * element(cos, half + i) + a * element(sin, half + i));
+    }
+  }
+}
+
+template <class W>
+void attend_of(const Attention& problem, int64_t begin, int64_t end, float* scratch) {
+  using Element = typename W::Element;
+  constexpr int kBlock = kLanes * W::kParts;
+  const int64_t shared = problem.heads / problem.groups, head = problem.head, length = problem.length;
+  const int64_t blocks = (head + kBlock - 1) / kBlock * kBlock;
+  float* scores = scratch;                    // [shared, length]
+  float* query = scratch + shared * length;   // [shared, blocks], in lane order
+  float* output = query + shared * blocks;    // the same
+  auto block = [&](const Element* p, int64_t i) __attribute__((always_inline)) {
+    return i + kBlock <= head ? load<Words>(p + i) : load_part<W>(p + i, head - i);
+  };
+  for (int64_t group = begin; group < end; ++group) {
+    const Vector queries{problem.query, W::kType};
+    memset(query, 0, 2 * shared * blocks * sizeof(float));
+    for (int64_t h = 0; h < shared; ++h) {
+      for (int64_t i = 0; i < head; ++i) {
+        query[h * blocks + lane_of(i, W::kParts)] = element(queries, (group * shared + h) * head + i) * problem.scale;
+      }
+    }
+    const Element* keys = (const Element*)problem.keys + group * problem.key_head_stride;
+    for (int64_t l = 0; l < length; ++l) {
+      for (int64_t h = 0; h < shared; ++h) {
+        Floats total = {};
+        for (int64_t i = 0; i < head; i += kBlock) {
+          Floats parts[W::kParts];
+          W::unpack(block(keys + l * problem.key_stride, i), parts);
+          for (int p = 0; p < W::kParts; ++p) total += parts[p] * load<Floats>(query + h * blocks + i + p * kLanes);
+        }
+        scores[h * length + l] = sum(total);
+      }
+    }
+    for (int64_t h = 0; h < shared; ++h) {
+      float* row = scores + h * length;
+      float highest = -INFINITY, total = 0.0f;
+      for (int64_t l = 0; l < length; ++l) highest = row[l] > highest ? row[l] : highest;
+      int64_t l = 0;
+      Floats totals = {};
+      for (; l + kLanes <= length; l += kLanes) {
+        const Floats weight = exp_of(load<Floats>(row + l) - highest);
+        store(row + l, weight);
+        totals += weight;
+      }
+      for (; l < length; ++l) total += row[l] = expf(row[l] - highest);
+      const float scale = 1.0f / (total + sum(totals));
+      for (l = 0; l < length; ++l) row[l] *= scale;
+    }
+    const Element* values = (const Element*)problem.values + group * problem.value_head_stride;
+    for (int64_t l = 0; l < length; ++l) {
+      for (int64_t i = 0; i < head; i += kBlock) {
+        Floats parts[W::kParts];
+        W::unpack(block(values + l * problem.value_stride, i), parts);
+        for (int64_t h = 0; h < shared; ++h) {
+          for (int p = 0; p < W::kParts; ++p) {
+            float* at = output + h * blocks + i + p * kLanes;
+            store(at, load<Floats>(at) + scores[h * length + l] * parts[p]);
+          }
+        }
+      }
+    }
+    for (int64_t h = 0; h < shared; ++h) {
+      for (int64_t i = 0; i < head; ++i) {
+        put(problem.output, W::kType, (group * shared + h) * head + i, output[h * blocks + lane_of(i, W::kParts)]);
+      }
+    }
+  }
+}
+
+void attend(const Attention& problem, int64_t begin, int64_t end, float* scratch) {
+  return problem.type == kFloat32 ? attend_of<F32>(problem, begin, end, scratch)
+                                  : attend_of<BF16>(problem, begin, end, scratch);
 }
 
 int64_t route(const float* logits, int64_t begin, int64_t end, int64_t bank_size, int64_t active, uint8_t* mask,
@@ -792,7 +1044,7 @@ uint32_t stream(const void* data, int64_t bytes) {
 
 const Kernels* CONCAT(kernels_, BANKWISE_ISA)() {
   static constexpr Kernels table = {NAME(BANKWISE_ISA), load_input, linear, select_banks, gather,
-                                    finish,             route,      stream};
+                                    finish,             rms_norm,   rotate, attend,       route,  stream};
   return &table;
 }
 

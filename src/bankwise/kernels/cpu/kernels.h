@@ -47,6 +47,7 @@ struct Input {
 struct Linear {
   Matrix weight;
   Vector bias;
+  Vector residual;  // [T, rows]
   Input input;
   void* output = nullptr;  // [T, rows]
   Type output_type = kFloat32;
@@ -75,6 +76,18 @@ struct Decode {
   Input input;
 };
 
+// One new token's attention over the cache: H query heads share the G key and value heads in groups.
+struct Attention {
+  Type type = kFloat32;
+  const void* query = nullptr;  // [H, head]
+  const void* keys = nullptr;   // [G, length, head], strides in elements
+  const void* values = nullptr;
+  int64_t heads = 0, groups = 0, length = 0, head = 0;
+  int64_t key_head_stride = 0, key_stride = 0, value_head_stride = 0, value_stride = 0;
+  float scale = 1.0f;
+  void* output = nullptr;  // [H, head]
+};
+
 struct Kernels {
   const char* name;
   // Fills `lanes` from x [T, columns] (row-major, float32 or bfloat16) in the lane order of `weights`.
@@ -86,8 +99,15 @@ struct Kernels {
                           int64_t* num_selected);
   // acc [T, P] (in lane order) += the contribution of the selected channels.
   void (*gather)(const Decode& problem, const Selected* selected, int64_t num_selected, float* acc);
-  // y [T, hidden] = the sum of `count` accumulators + bias.
-  void (*finish)(const Decode& problem, const float* acc, int64_t count, Vector bias, void* y, Type type);
+  // y [T, hidden] = the sum of `count` accumulators + bias + residual [T, hidden].
+  void (*finish)(const Decode& problem, const float* acc, int64_t count, Vector bias, Vector residual, void* y,
+                 Type type);
+  // Rows of x over their root mean square, times weight; rounded to `type` after each of the two, as transformers does.
+  void (*rms_norm)(const void* x, Type type, int64_t rows, int64_t columns, Vector weight, float epsilon, void* out);
+  // Rotary position embedding of `heads` rows of one token, in place; cos and sin [head].
+  void (*rotate)(void* x, Type type, int64_t heads, int64_t head, Vector cos, Vector sin);
+  // Heads of groups begin..end; `scratch` has room for H / G * (length + head) floats.
+  void (*attend)(const Attention& problem, int64_t begin, int64_t end, float* scratch);
   // Mask of banks begin..end of float32 logits, and the midpoint of the K-th and (K+1)-th largest of each.
   int64_t (*route)(const float* logits, int64_t begin, int64_t end, int64_t bank_size, int64_t active, uint8_t* mask,
                    float* threshold);

@@ -28,6 +28,8 @@ def load() -> None:
     except OSError as error:
         raise KernelError(f"the compiled CPU kernels cannot be loaded: {error}") from error
     torch.library.register_fake("bankwise::ffn_decode")(_fake_ffn_decode)
+    torch.library.register_fake("bankwise::attention_input")(_fake_attention_input)
+    torch.library.register_fake("bankwise::attention_output")(_fake_attention_output)
     torch.library.register_fake("bankwise::linear")(_fake_linear)
     torch.library.register_fake("bankwise::route")(_fake_route)
     if wanted := os.environ.get("BANKWISE_ISA"):
@@ -76,8 +78,23 @@ def huge_page_tensor(*shape: int, dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def _fake_ffn_decode(x: Tensor, *_: object) -> Tensor:
+def _fake_ffn_decode(x: Tensor, *_: object, **__: object) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _fake_attention_input(
+    x: Tensor, norm: Tensor, epsilon: float, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None
+) -> tuple[Tensor, ...]:
+    cos = rest[-2]
+    assert cos is not None
+    head = cos.shape[-1]
+    return tuple(x.new_empty(1, weight.shape[0] // head, 1, head) for weight in (q, k, v))
+
+
+def _fake_attention_output(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, weight: Tensor, bias: Tensor | None, residual: Tensor
+) -> Tensor:
+    return torch.empty_like(residual)
 
 
 def _fake_linear(x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -218,6 +218,16 @@ Tensor new_like(const Tensor& x, std::vector<int64_t> shape, ScalarType type) {
   return torch::stable::new_empty(x, shape, type);
 }
 
+// The tokens after the RMS norm that stands before a layer, where one is given.
+Tokens normalised(const Kernels& isa, const Tokens& tokens, const std::optional<Tensor>& norm, double epsilon) {
+  if (!norm.has_value()) return tokens;
+  Tokens result = tokens;
+  result.rows = new_like(tokens.rows, {tokens.count, tokens.columns}, tokens.rows.scalar_type());
+  isa.rms_norm(tokens.rows.const_data_ptr(), tokens.type, tokens.count, tokens.columns,
+               vector(norm, tokens.columns, "norm"), static_cast<float>(epsilon), result.rows.mutable_data_ptr());
+  return result;
+}
+
 std::vector<int64_t> shape_with(const Tensor& x, int64_t last) {
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
@@ -252,7 +262,7 @@ Tensor ffn_decode(Tensor x, Tensor packed, std::optional<Tensor> scales, Tensor 
                   Tensor expand_bias, std::optional<Tensor> gate_offset, std::optional<Tensor> up_offset,
                   std::optional<Tensor> gate_log_noise, std::optional<Tensor> up_log_noise,
                   std::optional<Tensor> gate_bias, std::optional<Tensor> up_bias, std::optional<Tensor> down_bias,
-                  int64_t bank_size, int64_t active) {
+                  int64_t bank_size, int64_t active, std::optional<Tensor> norm, double epsilon) {
   const Kernels& isa = kernels();
   const Matrix reduce_matrix = matrix(reduce, "reduce");
   const int64_t hidden = reduce_matrix.columns, rank = reduce_matrix.rows;
@@ -290,9 +300,11 @@ Tensor ffn_decode(Tensor x, Tensor packed, std::optional<Tensor> scales, Tensor 
   problem.up_bias = vector(up_bias, channels, "up_bias");
   const Vector output_bias = vector(down_bias, hidden, "down_bias");
 
-  const Tokens tokens = tokens_of(x, hidden);
+  const Tokens stream = tokens_of(x, hidden);
   Tensor y = new_like(x, shape_with(x, hidden), x.scalar_type());
-  if (tokens.count == 0) return y;
+  if (stream.count == 0) return y;
+  const Tokens tokens = normalised(isa, stream, norm, epsilon);
+  const Vector residual = norm.has_value() ? Vector{stream.rows.const_data_ptr(), stream.type} : Vector{};
 
   const int64_t banks = channels / bank_size;
   const int64_t record = 3 * problem.padded_hidden * width(problem.packed_type);
@@ -329,7 +341,122 @@ Tensor ffn_decode(Tensor x, Tensor packed, std::optional<Tensor> scales, Tensor 
   });
   STD_TORCH_CHECK(not_finite == 0, "bankwise: ", not_finite.load(), " of ", tokens.count * channels,
                   " router logits are not finite");
-  isa.finish(problem, acc, parts, output_bias, y.mutable_data_ptr(), tokens.type);
+  isa.finish(problem, acc, parts, output_bias, residual, y.mutable_data_ptr(), tokens.type);
+  return y;
+}
+
+// Norm, the three projections and the rotary embedding of one token: what comes before its cache is extended.
+std::tuple<Tensor, Tensor, Tensor> attention_input(Tensor x, Tensor norm, double epsilon, Tensor q, Tensor k, Tensor v,
+                                                   std::optional<Tensor> q_bias, std::optional<Tensor> k_bias,
+                                                   std::optional<Tensor> v_bias, std::optional<Tensor> q_norm,
+                                                   std::optional<Tensor> k_norm, Tensor cos, Tensor sin) {
+  const Kernels& isa = kernels();
+  const int64_t head = cos.size(cos.dim() - 1);
+  STD_TORCH_CHECK(head >= 2 && head % 2 == 0 && cos.numel() == head && sin.numel() == head,
+                  "cos and sin must be those of one token");
+  const Vector cosines = vector(torch::stable::view(cos, {head}), head, "cos");
+  const Vector sines = vector(torch::stable::view(sin, {head}), head, "sin");
+  Linear problems[3];
+  const Tensor* weights[3] = {&q, &k, &v};
+  const std::optional<Tensor>* biases[3] = {&q_bias, &k_bias, &v_bias};
+  std::vector<Tensor> outputs;
+  int64_t first_row[4] = {};
+  for (int i = 0; i < 3; ++i) {
+    problems[i].weight = matrix(*weights[i], "a projection");
+    const int64_t rows = problems[i].weight.rows;
+    STD_TORCH_CHECK(problems[i].weight.type == problems[0].weight.type && problems[i].weight.type != kInt8 &&
+                        problems[i].weight.columns == problems[0].weight.columns && rows % head == 0 &&
+                        rows == (i == 2 ? problems[1].weight.rows : rows),
+                    "the projections must be float matrices of one type that end in whole heads of ", head);
+    problems[i].bias = vector(*biases[i], rows, "a projection's bias");
+    first_row[i + 1] = first_row[i] + rows;
+  }
+  const Tokens stream = tokens_of(x, problems[0].weight.columns);
+  STD_TORCH_CHECK(stream.count == 1, "one token at a time, not ", stream.count);
+  const Tokens tokens = normalised(isa, stream, norm, epsilon);
+  Scratch scratch(input_bytes(tokens));
+  const Input input = load(isa, tokens, problems[0].weight.type, scratch);
+  for (int i = 0; i < 3; ++i) {
+    outputs.push_back(new_like(x, {1, problems[i].weight.rows / head, 1, head}, x.scalar_type()));
+    problems[i].input = input;
+    problems[i].output = outputs[i].mutable_data_ptr();
+    problems[i].output_type = tokens.type;
+  }
+  const int64_t rows = first_row[3];
+  const int64_t parts = threads_for(rows * tokens.columns * width(problems[0].weight.type), rows);
+  parallel(parts, [&](int64_t part) {
+    const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+    for (int i = 0; i < 3; ++i) {
+      const int64_t from = std::max(begin, first_row[i]), to = std::min(end, first_row[i + 1]);
+      if (from < to) isa.linear(problems[i], from - first_row[i], to - first_row[i]);
+    }
+  });
+  const std::optional<Tensor>* norms[2] = {&q_norm, &k_norm};
+  for (int i = 0; i < 2; ++i) {
+    const int64_t heads = problems[i].weight.rows / head;
+    if (norms[i]->has_value()) {
+      isa.rms_norm(problems[i].output, tokens.type, heads, head, vector(*norms[i], head, "a head's norm"),
+                   static_cast<float>(epsilon), problems[i].output);
+    }
+    isa.rotate(problems[i].output, tokens.type, heads, head, cosines, sines);
+  }
+  return {outputs[0], outputs[1], outputs[2]};
+}
+
+// Attention of one token over its cache, the output projection, and the sum with the residual stream.
+Tensor attention_output(Tensor query, Tensor keys, Tensor values, double scale, Tensor weight,
+                        std::optional<Tensor> bias, Tensor residual) {
+  const Kernels& isa = kernels();
+  Attention problem;
+  problem.type = type_of(query, "the query");
+  STD_TORCH_CHECK(query.dim() == 4 && keys.dim() == 4 && values.dim() == 4 && query.size(0) == 1 && keys.size(0) == 1 &&
+                      values.size(0) == 1 && query.size(2) == 1 && query.is_contiguous(),
+                  "attention_output takes one query [1, H, 1, head] and keys and values [1, G, length, head]");
+  problem.heads = query.size(1);
+  problem.head = query.size(3);
+  problem.groups = keys.size(1);
+  problem.length = keys.size(2);
+  STD_TORCH_CHECK(problem.type != kInt8 && keys.scalar_type() == query.scalar_type() &&
+                      values.scalar_type() == query.scalar_type() && problem.groups > 0 &&
+                      problem.heads % problem.groups == 0 && keys.size(3) == problem.head && keys.stride(3) == 1 &&
+                      values.stride(3) == 1 && values.size(1) == problem.groups && values.size(2) == problem.length &&
+                      values.size(3) == problem.head && problem.length > 0,
+                  "keys and values must have the query's type and head size, and heads that divide its heads");
+  problem.query = query.const_data_ptr();
+  problem.keys = keys.const_data_ptr();
+  problem.values = values.const_data_ptr();
+  problem.key_head_stride = keys.stride(1);
+  problem.key_stride = keys.stride(2);
+  problem.value_head_stride = values.stride(1);
+  problem.value_stride = values.stride(2);
+  problem.scale = static_cast<float>(scale);
+
+  const int64_t width_in = problem.heads * problem.head;
+  Linear projection;
+  projection.weight = matrix(weight, "the output projection");
+  STD_TORCH_CHECK(projection.weight.type != kInt8 && projection.weight.columns == width_in &&
+                      residual.numel() == projection.weight.rows && residual.is_contiguous() &&
+                      residual.scalar_type() == query.scalar_type(),
+                  "the output projection must take all heads and give one residual row");
+  projection.bias = vector(bias, projection.weight.rows, "the bias");
+  Tensor heads = new_like(query, {1, width_in}, query.scalar_type());
+  Tensor y = new_like(residual, shape_with(residual, projection.weight.rows), residual.scalar_type());
+  const Tokens tokens = tokens_of(heads, width_in);
+  const int64_t shared = problem.heads / problem.groups;
+  const int64_t parts = threads_for(2 * problem.groups * problem.length * problem.head * width(problem.type),
+                                    problem.groups);
+  const int64_t own = Scratch::size_of<float>(shared * (problem.length + 2 * (problem.head + 64))) / 4;
+  Scratch scratch(input_bytes(tokens) + parts * own * 4);
+  float* pieces = scratch.take<float>(parts * own);
+  problem.output = heads.mutable_data_ptr();
+  parallel(parts, [&](int64_t part) {
+    isa.attend(problem, problem.groups * part / parts, problem.groups * (part + 1) / parts, pieces + part * own);
+  });
+  projection.input = load(isa, tokens, projection.weight.type, scratch);
+  projection.residual = {residual.const_data_ptr(), problem.type};
+  projection.output = y.mutable_data_ptr();
+  projection.output_type = problem.type;
+  run_linear(isa, projection);
   return y;
 }
 
@@ -395,7 +522,14 @@ STABLE_TORCH_LIBRARY(bankwise, m) {
   m.def(
       "ffn_decode(Tensor x, Tensor packed, Tensor? scales, Tensor reduce, Tensor expand, Tensor expand_bias, "
       "Tensor? gate_offset, Tensor? up_offset, Tensor? gate_log_noise, Tensor? up_log_noise, Tensor? gate_bias, "
-      "Tensor? up_bias, Tensor? down_bias, int bank_size, int active) -> Tensor");
+      "Tensor? up_bias, Tensor? down_bias, int bank_size, int active, Tensor? norm=None, float epsilon=0.) -> Tensor");
+  m.def(
+      "attention_input(Tensor x, Tensor norm, float epsilon, Tensor q, Tensor k, Tensor v, Tensor? q_bias, "
+      "Tensor? k_bias, Tensor? v_bias, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_output(Tensor query, Tensor keys, Tensor values, float scale, Tensor weight, Tensor? bias, "
+      "Tensor residual) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? scales, Tensor? bias) -> Tensor");
   m.def("route(Tensor logits, int bank_size, int active) -> (Tensor, Tensor)");
   m.def("stream_read(Tensor data) -> int");
@@ -406,6 +540,8 @@ STABLE_TORCH_LIBRARY(bankwise, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(bankwise, CPU, m) {
   m.impl("ffn_decode", TORCH_BOX(&bankwise::ffn_decode));
+  m.impl("attention_input", TORCH_BOX(&bankwise::attention_input));
+  m.impl("attention_output", TORCH_BOX(&bankwise::attention_output));
   m.impl("linear", TORCH_BOX(&bankwise::linear));
   m.impl("route", TORCH_BOX(&bankwise::route));
   m.impl("stream_read", TORCH_BOX(&bankwise::stream_read));
