@@ -302,6 +302,8 @@ def _kernel_line() -> str:
 
     if dispatch.requested_kernel() == "reference":
         return "reference (PyTorch, masked dense): BANKWISE_KERNEL=reference"
+    if dispatch.requested_kernel() == "triton":
+        return "none: BANKWISE_KERNEL=triton"
     operators = dispatch.cpu_operators()
     if operators.kernel == "reference":
         return f"reference (PyTorch, masked dense): {operators.reason}"
@@ -314,6 +316,8 @@ def _gpu_kernel_line() -> str:
 
     if dispatch.requested_kernel() == "reference":
         return "reference (PyTorch, masked dense): BANKWISE_KERNEL=reference"
+    if dispatch.requested_kernel() == "cpu":
+        return "none: BANKWISE_KERNEL=cpu"
     if (reason := support.unavailable()) is not None:
         return f"none: {reason}"
     limits = support.decode_limits(forced=dispatch.requested_kernel() == "triton")

@@ -169,9 +169,17 @@ def test_without_a_gpu_the_reason_is_given(forced, no_kernels, capsys):
         layer(x)
 
 
-def test_env_names_the_device(forced, capsys):
-    assert main(["env"]) == 0
-    assert f"triton: {support.device_name()}; up to 8 tokens at once" in capsys.readouterr().out
+def test_env_names_the_device(monkeypatch, capsys):
+    lines = {}
+    for kernel in ("auto", "triton", "cpu", "reference"):
+        monkeypatch.setenv("BANKWISE_KERNEL", kernel)
+        assert main(["env"]) == 0
+        lines[kernel] = capsys.readouterr().out.splitlines()[-2:]
+    assert f"triton: {support.device_name()}; up to 4 tokens at once" in lines["auto"][1]
+    assert f"triton: {support.device_name()}; up to 8 tokens at once" in lines["triton"][1]
+    assert lines["triton"][0] == "kernel        none: BANKWISE_KERNEL=triton"
+    assert lines["cpu"][1] == "gpu kernel    none: BANKWISE_KERNEL=cpu"
+    assert all("reference (PyTorch, masked dense)" in line for line in lines["reference"])
 
 
 @pytest.fixture(params=["llama", "qwen3"])

@@ -50,7 +50,7 @@ KERNELS = {
     ),
     decode_kernels.finish_kernel: (
         {"parts_TSD": "*fp32", "bad_TN": "*i32", "bias_D": "*W", "y_TD": "*W", "D": "i32", "N": "i32", "S": "i32"},
-        {"BLOCK_N": 512, "BLOCK_S": 64, "BLOCK_D": 128, "BIAS": True},
+        {"BLOCK_N": 512, "BLOCK_S": 64, "BLOCK_D": 64, "BIAS": True},
     ),
 }  # fmt: skip
 ASSERTING = ("gate_forward_kernel", "finish_kernel")

@@ -112,7 +112,7 @@ def run_channels(
         h_TA, packed_F3P, active_TA, parts_TSD, num_active, hidden, row, per_share, shares,
         BLOCK_A=16, BLOCK_D=block_D, enable_fp_fusion=True,
     )  # fmt: skip
-    block_D = _block(hidden, 128)
+    block_D = _block(hidden, 64)
     finish_kernel[(tokens, triton.cdiv(hidden, block_D))](
         parts_TSD, bad_TN, down_bias_D, y_TD, hidden, banks, shares,
         BLOCK_N=triton.next_power_of_2(banks), BLOCK_S=triton.next_power_of_2(shares), BLOCK_D=block_D,
