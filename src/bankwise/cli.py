@@ -135,6 +135,7 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--form", choices=["gated_product", "linear"], default="gated_product", help="(%(default)s)")
     sub.add_argument("--int8", action="store_true", help="ffn, decode: 8-bit weights")
     sub.add_argument("--no-compile", action="store_true", help="ffn: without the compiled dense baseline")
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ffn: where it runs (%(default)s)")
     sub.add_argument(
         "--idle", action="store_true", help="count only pairs while other processes use under 10 %% of a core"
     )
@@ -300,7 +301,11 @@ def _bench(options: argparse.Namespace) -> int:
         if options.threads < 1:
             raise ConfigError(f"threads={options.threads} must be at least 1")
         torch.set_num_threads(options.threads)
-    library.load()
+    on_gpu = options.device == "cuda"
+    if on_gpu and (options.what != "ffn" or options.int8):
+        raise ConfigError("--device cuda measures `bench ffn` without --int8; leave it out for the others")
+    if not on_gpu:
+        library.load()
     settings: dict[str, Any] = {"form": options.form, "idle_only": options.idle}
     if options.pairs is not None:
         if options.pairs < 1:
@@ -315,7 +320,9 @@ def _bench(options: argparse.Namespace) -> int:
         settings["tokens"] = options.tokens
     if options.what != "train-step":
         settings["dtype"] = getattr(torch, options.dtype)
-    if options.what == "ffn":
+    if on_gpu:
+        results = bench.bench_ffn_cuda(shape, **settings)
+    elif options.what == "ffn":
         results = bench.bench_ffn(shape, int8=options.int8, compiled=not options.no_compile, **settings)
     elif options.what == "decode":
         results = bench.bench_decode(shape, weights="int8" if options.int8 else "as_is", **settings)
@@ -346,6 +353,7 @@ def _env(options: argparse.Namespace) -> int:
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
         "kernel": _kernel_line(),
+        "gpu kernel": _gpu_kernel_line(),
     }
     for name, value in rows.items():
         print(f"{name:13} {value}")
@@ -357,10 +365,26 @@ def _kernel_line() -> str:
 
     if dispatch.requested_kernel() == "reference":
         return "reference (PyTorch, masked dense): BANKWISE_KERNEL=reference"
+    if dispatch.requested_kernel() == "triton":
+        return "none: BANKWISE_KERNEL=triton"
     operators = dispatch.cpu_operators()
     if operators.kernel == "reference":
         return f"reference (PyTorch, masked dense): {operators.reason}"
     return f"cpu: {operators.reason}; up to {dispatch.MAX_DECODE_TOKENS} tokens at once, the reference above"
+
+
+def _gpu_kernel_line() -> str:
+    from bankwise.kernels import dispatch
+    from bankwise.kernels.triton import support
+
+    if dispatch.requested_kernel() == "reference":
+        return "reference (PyTorch, masked dense): BANKWISE_KERNEL=reference"
+    if dispatch.requested_kernel() == "cpu":
+        return "none: BANKWISE_KERNEL=cpu"
+    if (reason := support.unavailable()) is not None:
+        return f"none: {reason}"
+    limits = support.decode_limits(forced=dispatch.requested_kernel() == "triton")
+    return f"triton: {support.device_name()}; up to {limits.max_tokens} tokens at once, and the gate in training"
 
 
 if __name__ == "__main__":

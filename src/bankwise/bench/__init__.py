@@ -2,6 +2,7 @@
 
 from bankwise.bench.decode import bench_decode
 from bankwise.bench.ffn import bench_ffn
+from bankwise.bench.ffn_cuda import bench_ffn_cuda
 from bankwise.bench.prefill import bench_prefill
 from bankwise.bench.results import BenchResult, print_table, write_csv
 from bankwise.bench.shapes import SHAPES
@@ -12,6 +13,7 @@ __all__ = [
     "BenchResult",
     "bench_decode",
     "bench_ffn",
+    "bench_ffn_cuda",
     "bench_prefill",
     "bench_train_step",
     "print_table",

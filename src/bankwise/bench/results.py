@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import datetime
+import importlib.metadata
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,10 @@ def stamped(result: BenchResult) -> BenchResult:
     result.utc = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     result.threads = torch.get_num_threads()
     result.torch = torch.__version__
-    result.isa = library.current_isa()
+    if result.device == "cpu":
+        result.isa = library.current_isa()
+    else:
+        result.triton = importlib.metadata.version("triton")
     return result
 
 

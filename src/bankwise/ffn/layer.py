@@ -64,6 +64,9 @@ class SparseSwiGLU(nn.Module):
     fast_forward: ClassVar[Callable[[Any, Tensor], Tensor | None] | None] = None
     """Set by `bankwise.kernels`: y of (layer, x) in inference, or None where the reference has to run."""
 
+    unit_gate: ClassVar[Callable[..., Tensor]] = SteUnitGate.apply
+    """`SteUnitGate`, or a function of the same arguments and gradients set by `bankwise.kernels`."""
+
     packed: Any = None
     """The same weights in a kernel's layout. The dense parameters are views of it, so it is never out of date."""
 
@@ -162,7 +165,7 @@ class SparseSwiGLU(nn.Module):
             center_F = self.center.to(h_TF.dtype)
             moved_TF = h_TF - center_F
         if settings.gate_mode == "ste_unit" and settings.h_grad == "masked":
-            gated_TF = SteUnitGate.apply(
+            gated_TF = SparseSwiGLU.unit_gate(
                 moved_TF, logits_TF, self.bank_size, self.active_per_bank, settings.ste_alpha, settings.ste_tau
             )
         else:

@@ -1,4 +1,4 @@
-"""Making a model ready to decode: weights packed for the CPU operators, and every linear layer through them.
+"""Making a model ready to decode: weights packed for the kernels, and on a CPU every linear layer through them.
 
 `prepare` changes where the weights lie, never their values (but for int8), and neither parameter names nor what
 `save_pretrained` writes. A prepared model still trains: the layers that it swaps fall back to torch's own code for
@@ -18,7 +18,7 @@ from bankwise.ffn.layer import SparseSwiGLU, sparse_layers
 from bankwise.inference.decode_layer import DECODE_LAYERS
 from bankwise.kernels import dispatch
 from bankwise.kernels.cpu.library import MAX_TOKENS, huge_page_tensor
-from bankwise.kernels.cpu.packing import pack, pack_int8, quantise_rows
+from bankwise.kernels.cpu.packing import pack_int8, quantise_rows
 
 Weights = Literal["as_is", "int8"]
 
@@ -59,7 +59,7 @@ class Int8Linear(nn.Linear):
 
 @torch.no_grad()
 def prepare(model: nn.Module, *, weights: Weights = "as_is") -> list[str]:
-    """Pack `model` in place for decoding on this CPU; returns what was done, one line per kind of layer.
+    """Pack `model` in place for decoding on its device; returns what was done, one line per kind of layer.
 
     `weights="int8"` quantises the feed-forward and all other linear layers to 8 bits with one scale per row, for
     inference only: such a model can be neither trained nor saved. Where the operators cannot run, the model is left
@@ -67,14 +67,12 @@ def prepare(model: nn.Module, *, weights: Weights = "as_is") -> list[str]:
     """
     if weights not in ("as_is", "int8"):
         raise ConfigError(f"weights={weights!r} is not known; use 'as_is' or 'int8'")
-    operators = dispatch.cpu_operators()
-    if dispatch.requested_kernel() == "reference":
-        operators = dispatch.Choice("reference", "BANKWISE_KERNEL=reference")
-    if model.training and operators.kernel == "cpu":
+    operators = dispatch.operators_for(next(model.parameters()).device)
+    if model.training and operators.kernel != "reference":
         operators = dispatch.Choice("reference", "the model is in training mode; call model.eval() first")
+    if weights == "int8" and operators.kernel != "cpu":
+        raise KernelError(f"weights='int8' needs the CPU operators: {operators.reason}")
     if operators.kernel == "reference":
-        if weights == "int8":
-            raise KernelError(f"weights='int8' needs the CPU operators: {operators.reason}")
         return [f"reference: {operators.reason}"]
     done: dict[str, int] = {}
     for layer in sparse_layers(model):
@@ -82,7 +80,7 @@ def prepare(model: nn.Module, *, weights: Weights = "as_is") -> list[str]:
         done[kind] = done.get(kind, 0) + 1
     inner = {id(module) for layer in sparse_layers(model) for module in layer.modules()}
     for module in model.modules():
-        if id(module) not in inner and type(module) is nn.Linear and _is_plain(module):
+        if operators.kernel == "cpu" and id(module) not in inner and type(module) is nn.Linear and _is_plain(module):
             kind = _prepare_linear(module, weights)
             done[kind] = done.get(kind, 0) + 1
     for module in model.modules():
@@ -111,7 +109,7 @@ def _prepare_ffn(layer: SparseSwiGLU, weights: Weights) -> str:
     if weights == "int8":
         pack_int8(layer)
         return "sparse feed-forward, int8"
-    pack(layer)
+    dispatch.pack_for(layer, choice)
     return "sparse feed-forward, packed"
 
 

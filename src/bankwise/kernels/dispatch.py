@@ -1,8 +1,8 @@
-"""Which implementation runs: the PyTorch reference or the CPU operators, and why.
+"""Which implementation runs: the PyTorch reference, the CPU operators or the Triton kernels, and why.
 
-`choose` decides for a layer and an input; `BANKWISE_KERNEL=reference|cpu` overrides. Without the variable an
-unsupported case runs the reference, with one warning where that is a surprise (no compiler); with `cpu` it raises.
-A case that the operators take gives the reference's channels for the same logits, and its output up to rounding.
+`choose` decides for a layer and an input; `BANKWISE_KERNEL=reference|cpu|triton` overrides. Without the variable an
+unsupported case runs the reference, with one warning where that is a surprise (no compiler); with a kernel's name it
+raises. A case that a kernel takes gives the reference's channels for the same logits, and its output up to rounding.
 
 Shapes: T leading dimensions (tokens), D hidden, F channels.
 """
@@ -17,16 +17,20 @@ from torch import Tensor, nn
 
 from bankwise.errors import KernelError, RoutingError
 from bankwise.ffn.bank import BankCut, bank_topk_mask
+from bankwise.ffn.gates import SteUnitGate
 from bankwise.ffn.layer import SparseSwiGLU
 from bankwise.kernels.cpu import library
 from bankwise.kernels.cpu.packing import PackedWeights, dense_forward_int8, is_current, pack
+from bankwise.kernels.triton import support
 
-KERNELS = ("reference", "cpu")
+KERNELS = ("reference", "cpu", "triton")
 UNIT_GATES = ("ste_unit", "hard", "detached", "default_ema")
 """Gate modes whose forward multiplies a kept channel by 1."""
 
 MAX_DECODE_TOKENS = library.MAX_TOKENS
 """Above this many tokens the masked dense path runs: eight tokens already read nine tenths of the channels."""
+
+CPU_LIMITS = support.Limits("cpu", MAX_DECODE_TOKENS, library.MAX_BANK, (torch.float32, torch.bfloat16))
 
 
 class Choice(NamedTuple):
@@ -56,6 +60,17 @@ def cpu_operators() -> Choice:
     return Choice("cpu", f"instruction set {library.current_isa()}")
 
 
+def operators_for(device: torch.device) -> Choice:
+    """Whether the kernels for tensors on this device, or those that `BANKWISE_KERNEL` names, can run here."""
+    requested = requested_kernel()
+    if requested == "reference":
+        return Choice("reference", "BANKWISE_KERNEL=reference")
+    if (requested or device.type) not in ("triton", "cuda"):
+        return cpu_operators()
+    reason = support.unavailable()
+    return Choice("triton", support.device_name()) if reason is None else Choice("reference", reason)
+
+
 def choose(layer: SparseSwiGLU, x_TD: Tensor) -> Choice:
     """What runs a forward of `layer` on `x_TD` in evaluation mode without gradients."""
     requested = requested_kernel()
@@ -63,35 +78,38 @@ def choose(layer: SparseSwiGLU, x_TD: Tensor) -> Choice:
         return Choice("reference", "BANKWISE_KERNEL=reference")
     if requested is None and layer.active_per_bank == layer.bank_size:
         return Choice("reference", "all channels are kept, and the reference then equals the dense model bit for bit")
-    reason = _unsupported(layer, x_TD)
+    operators = operators_for(x_TD.device)
+    is_gpu = (requested or x_TD.device.type) in ("triton", "cuda")
+    reason = _unsupported(layer, x_TD, support.decode_limits(forced=requested is not None) if is_gpu else CPU_LIMITS)
     if reason is None:
-        operators = cpu_operators()
-        if operators.kernel == "cpu":
+        if operators.kernel != "reference":
             return operators
         if requested is None:
             _warn_once(operators.reason)
         reason = operators.reason
-    if requested == "cpu" and _tokens(x_TD) <= MAX_DECODE_TOKENS and layer.routing_record is None:
-        raise KernelError(f"BANKWISE_KERNEL=cpu, but the CPU operators cannot run layer {layer.layer}: {reason}")
+    if requested is not None and _tokens(x_TD) <= MAX_DECODE_TOKENS and layer.routing_record is None:
+        name = "Triton kernels" if requested == "triton" else "CPU operators"
+        raise KernelError(f"BANKWISE_KERNEL={requested}, but the {name} cannot run layer {layer.layer}: {reason}")
     return Choice("reference", reason)
 
 
 def fast_forward(layer: SparseSwiGLU, x_TD: Tensor) -> Tensor | None:
-    """y of the layer by the CPU operator, or None where the reference has to run."""
+    """y of the layer by the kernels, or None where the reference has to run."""
     packed = layer.packed
     if packed is None:
         if _tokens(x_TD) > MAX_DECODE_TOKENS or torch.compiler.is_compiling():
             return None
-        if choose(layer, x_TD).kernel == "reference":
+        choice = choose(layer, x_TD)
+        if choice.kernel == "reference":
             return None
-        packed = pack(layer)
+        packed = pack_for(layer, choice)
     elif not torch.compiler.is_compiling():
         if os.environ.get("BANKWISE_KERNEL") == "reference" and packed.scales_F3 is None:
             return None
         if not is_current(layer, packed):
             layer.packed = None
             return fast_forward(layer, x_TD)
-    if _tokens(x_TD) > MAX_DECODE_TOKENS or layer.routing_record is not None:
+    if _tokens(x_TD) > packed.max_tokens or layer.routing_record is not None:
         if packed.scales_F3 is None:
             return None
         mask_TF = bank_topk_mask(layer.logits(x_TD), bank_size=layer.bank_size, active_per_bank=layer.active_per_bank)
@@ -120,9 +138,10 @@ def fast_cut(logits_TF: Tensor, bank_size: int, active_per_bank: int) -> BankCut
 
 
 def runs_packed(layer: SparseSwiGLU) -> bool:
-    """Whether a few tokens of a packed layer go to the operator now."""
+    """Whether a few tokens of a packed layer go to the CPU operator now."""
     return (
         layer.packed is not None
+        and layer.packed.kernel == "cpu"
         and layer.routing_record is None
         and not (os.environ.get("BANKWISE_KERNEL") == "reference" and layer.packed.scales_F3 is None)
     )
@@ -140,6 +159,26 @@ def decode(
         raise _translated(error) from None
 
 
+def pack_for(layer: SparseSwiGLU, choice: Choice) -> PackedWeights:
+    """Pack the layer's weights for the kernel chosen, whose operator becomes known to torch."""
+    if choice.kernel == "cpu":
+        return pack(layer)
+    import bankwise.kernels.triton.decode  # noqa: F401
+
+    limits = support.decode_limits(forced=requested_kernel() is not None)
+    return pack(layer, kernel=choice.kernel, max_tokens=limits.max_tokens)
+
+
+def unit_gate(h_TF: Tensor, logits_TF: Tensor, *settings: float) -> Tensor:
+    """`SteUnitGate.apply`, on a GPU in its fused form."""
+    gate: Any = SteUnitGate
+    if support.runs_gate(requested_kernel(), h_TF.device.type, h_TF.dtype, logits_TF.dtype, int(settings[0])):
+        from bankwise.kernels.triton.gate import FusedSteUnitGate
+
+        gate = FusedSteUnitGate
+    return gate.apply(h_TF, logits_TF, *settings)
+
+
 def run_packed(
     layer: SparseSwiGLU, packed: PackedWeights, x_TD: Tensor, *, norm: Tensor | None = None, epsilon: float = 0.0
 ) -> Tensor:
@@ -149,7 +188,7 @@ def run_packed(
     predictor: Any = modules["predictor"]
     own: dict[str, Any] = predictor._parameters
     expand = predictor._modules["expand"]._parameters
-    return torch.ops.bankwise.ffn_decode(
+    arguments = (
         x_TD,
         packed.weights_F3P,
         packed.scales_F3,
@@ -165,39 +204,43 @@ def run_packed(
         modules["down_proj"]._parameters["bias"],  # type: ignore[union-attr]
         layer.bank_size,
         layer.active_per_bank,
-        norm,
-        epsilon,
     )
+    if packed.kernel == "triton":
+        assert norm is None
+        return torch.ops.bankwise.ffn_decode_gpu(*arguments)
+    return torch.ops.bankwise.ffn_decode(*arguments, norm, epsilon)
 
 
 def _tokens(x_TD: Tensor) -> int:
     return x_TD.numel() // x_TD.shape[-1]
 
 
-def _unsupported(layer: SparseSwiGLU, x_TD: Tensor) -> str | None:
+def _unsupported(layer: SparseSwiGLU, x_TD: Tensor, limits: support.Limits) -> str | None:
     """Why the operators cannot run this case, or None."""
     settings = layer.sparsity
-    if x_TD.device.type != "cpu":
+    if x_TD.device.type != limits.device:
         return f"the input is on {x_TD.device.type}"
-    if _tokens(x_TD) > MAX_DECODE_TOKENS:
-        return f"{_tokens(x_TD)} tokens at once; the masked dense path is faster above {MAX_DECODE_TOKENS}"
+    if _tokens(x_TD) > limits.max_tokens:
+        return f"{_tokens(x_TD)} tokens at once; the masked dense path is faster above {limits.max_tokens}"
     if layer.routing_record is not None:
         return "routing statistics are being recorded"
     if settings.gate_mode not in UNIT_GATES:
         return f"gate_mode={settings.gate_mode!r} scales the kept channels (supported: {', '.join(UNIT_GATES)})"
     if settings.center != "off":
         return f"center={settings.center!r} lets dropped channels contribute"
-    if layer.bank_size > library.MAX_BANK:
-        return f"bank_size={layer.bank_size} is above {library.MAX_BANK}"
+    if layer.bank_size > limits.max_bank:
+        return f"bank_size={layer.bank_size} is above {limits.max_bank}"
     linears = [layer.gate_proj, layer.up_proj, layer.down_proj]
     dtypes = {linear.weight.dtype for linear in linears if isinstance(linear, nn.Linear)} | {x_TD.dtype}
-    if dtypes not in ({torch.float32}, {torch.bfloat16}):
-        return f"input and weights are {', '.join(sorted(map(str, dtypes)))} (supported: all float32 or all bfloat16)"
+    supported = " or ".join(f"all {str(dtype)[6:]}" for dtype in limits.dtypes)
+    if len(dtypes) > 1 or not dtypes <= set(limits.dtypes):
+        return f"input and weights are {', '.join(sorted(map(str, dtypes)))} (supported: {supported})"
     if any(type(linear) is not nn.Linear or _is_hooked(linear) for linear in (*linears, layer.predictor.reduce)):
         return "a projection of the layer is wrapped, quantised or hooked"
-    if {value.dtype for value in layer.predictor.parameters()} not in ({torch.float32}, {torch.bfloat16}):
-        return "the predictor's parameters are not all float32 or all bfloat16"
-    if torch.is_autocast_enabled("cpu"):
+    predictor_dtypes = {value.dtype for value in layer.predictor.parameters()}
+    if len(predictor_dtypes) > 1 or not predictor_dtypes <= set(limits.dtypes):
+        return f"the predictor's parameters are not {supported}"
+    if torch.is_autocast_enabled(limits.device):
         return "autocast is on"
     return None
 

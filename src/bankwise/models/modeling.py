@@ -175,9 +175,10 @@ class _SparseCausalLM(_SparseModel, GenerationMixin):
     """Set by `bankwise.inference`: makes a model in evaluation mode ready for the fast kernels."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; in evaluation mode on a CPU the fast kernels do the decoding."""
-        if not self.training and self.device.type == "cpu" and _SparseCausalLM.prepare_decoding is not None:
-            _SparseCausalLM.prepare_decoding(self)
+        """As in transformers; in evaluation mode the fast kernels do the decoding."""
+        prepare = _SparseCausalLM.prepare_decoding
+        if not self.training and self.device.type in ("cpu", "cuda") and prepare is not None:
+            prepare(self)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 

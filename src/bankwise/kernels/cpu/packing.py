@@ -1,4 +1,4 @@
-"""Weights of a sparse layer in the layout that the CPU operator reads: everything of one channel in one piece.
+"""Weights of a sparse layer in the layout that the decode kernels read: everything of one channel in one piece.
 
 `pack` moves the weights of a layer into one tensor [F, 3, P]: gate row, up row and down column of each channel. The
 layer's own parameters become views of it, so memory does not double, `state_dict` and the dense path see the same
@@ -15,7 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from bankwise.ffn.layer import SparseSwiGLU
-from bankwise.kernels.cpu.library import huge_page_tensor
+from bankwise.kernels.cpu.library import MAX_TOKENS, huge_page_tensor
 
 
 @dataclass
@@ -25,9 +25,13 @@ class PackedWeights:
     weights_F3P: Tensor
     scales_F3: Tensor | None = None
     """float32, int8 weights only: one scale per packed row."""
+    kernel: str = "cpu"
+    """What reads them: `cpu` or `triton`."""
+    max_tokens: int = MAX_TOKENS
+    """Above this many tokens the masked dense path runs."""
 
 
-def pack(layer: SparseSwiGLU) -> PackedWeights:
+def pack(layer: SparseSwiGLU, *, kernel: str = "cpu", max_tokens: int = MAX_TOKENS) -> PackedWeights:
     """Move the layer's weights into the packed layout; its parameters stay, as views."""
     rows = _rows(layer)
     packed_F3P = _padded(rows[0], rows[0].dtype)
@@ -35,7 +39,7 @@ def pack(layer: SparseSwiGLU) -> PackedWeights:
         view_FD = packed_F3P[:, place, : row_FD.shape[1]]
         view_FD.copy_(row_FD)
         linear.weight.data = view_FD.T if place == 2 else view_FD
-    layer.packed = PackedWeights(packed_F3P)
+    layer.packed = PackedWeights(packed_F3P, kernel=kernel, max_tokens=max_tokens)
     return layer.packed
 
 
@@ -97,7 +101,10 @@ def _rows(layer: SparseSwiGLU) -> tuple[Tensor, Tensor, Tensor]:
 def _padded(row_FD: Tensor, dtype: torch.dtype) -> Tensor:
     line = 64 // dtype.itemsize
     width = (row_FD.shape[1] + line - 1) // line * line
-    packed_F3P = huge_page_tensor(row_FD.shape[0], 3, width, dtype=dtype)
+    if row_FD.device.type == "cpu":
+        packed_F3P = huge_page_tensor(row_FD.shape[0], 3, width, dtype=dtype)
+    else:
+        packed_F3P = row_FD.new_empty(row_FD.shape[0], 3, width, dtype=dtype)
     if width > row_FD.shape[1]:
         packed_F3P[:, :, row_FD.shape[1] :] = 0
     return packed_F3P
