@@ -157,6 +157,12 @@ def test_limits_raise():
     layer, x = packed_case(Case(tokens=8))
     with pytest.raises(KernelError, match="9 tokens at once; the decode kernels take at most 8"):
         dispatch.run_packed(layer, layer.packed, torch.cat([x, x[:1]]))
+    with pytest.raises(KernelError, match="x ends in 65 columns, for a predictor of 64 columns"):
+        dispatch.run_packed(layer, layer.packed, torch.zeros(1, 65, device=DEVICE))
+    layer.bank_size = 63
+    with pytest.raises(KernelError, match="cannot keep 16 of every 63 in 192 channels"):
+        dispatch.run_packed(layer, layer.packed, x)
+    layer.bank_size = 64
     layer.packed.scales_F3 = torch.ones(192, 3, device=DEVICE)
     with pytest.raises(KernelError, match="take no int8 weights"):
         dispatch.run_packed(layer, layer.packed, x)

@@ -155,6 +155,17 @@ def test_operators_are_well_formed_for_torch():
         )
 
 
+def test_limits_raise():
+    h = draws(2, 128, "normal")
+    for size, active in ((64, 65), (64, 0), (128, 16), (48, 16)):
+        with pytest.raises(KernelError, match=f"cannot keep {active} of every {size} in 128 channels"):
+            FusedSteUnitGate.apply(h, h, size, active, 1.0, 1.0)
+    with pytest.raises(KernelError, match=r"the router logits are torch\.float32 \[2, 64\]"):
+        FusedSteUnitGate.apply(h, h[:, :64], 64, 16, 1.0, 1.0)
+    with pytest.raises(KernelError, match=r"the router logits are torch\.bfloat16"):
+        FusedSteUnitGate.apply(h, h.bfloat16(), 64, 16, 1.0, 1.0)
+
+
 def make_layer(**settings):
     torch.manual_seed(0)
     return SparseSwiGLU(32, 192, SparsityConfig(predictor_rank=16, **settings), 0).to(DEVICE)

@@ -7,7 +7,8 @@ import sys
 
 def test_every_kernel_compiles_without_spilling(request, tmp_path):
     finished = subprocess.run(
-        [sys.executable, request.config.rootpath / "tests/kernels/triton_targets.py"],
+        [sys.executable, "-m", "kernels.triton_targets"],
+        cwd=request.config.rootpath / "tests",
         env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for GPUs that need not be there, with the assembler that comes with triton.
 
-Run as a script, without the interpreter: `python tests/kernels/triton_targets.py`. It prints the registers of each
-kernel, and fails where one spills them to memory or misses its device assertion.
+Run in `tests`, without the interpreter: `python -m kernels.triton_targets`. The launching code runs as it would
+on the GPU, up to the launch itself. It prints the registers of each kernel, and fails where one spills them to memory
+or misses its device assertion.
 """
 
 import re
@@ -9,90 +10,86 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
+from kernels.kernel_cases import Case, make_input, make_layer
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-from bankwise.kernels.triton import decode_kernels, gate_kernels
+from bankwise.kernels.cpu.packing import pack
+from bankwise.kernels.triton import decode, gate
 
-# Of the 7B shape, with banks of 64 and 16 active.
-ROUTER = {"logits_TF": "*fp32", "words_TN": "*i64", "threshold_TN": "*fp32", "width_TN": "*fp32"}
-KERNELS = {
-    gate_kernels.gate_forward_kernel: (
-        ROUTER | {"h_TF": "*W", "gated_TF": "*W", "num_rows": "i32", "tau": "fp32"},
-        {"B": 64, "K": 16, "BLOCK_B": 64, "BLOCK_M": 16},
-    ),
-    gate_kernels.gate_backward_kernel: (
-        ROUTER
-        | {"dy_TF": "*W", "h_TF": "*W", "dh_TF": "*W", "dz_TF": "*fp32", "num_rows": "i32", "alpha": "fp32"},
-        {"B": 64, "BLOCK_B": 64, "BLOCK_M": 16, "WITH_DH": True, "WITH_DZ": True},
-    ),
-    decode_kernels.reduce_kernel: (
-        {"x_TD": "*W", "reduce_RD": "*W", "code_TR": "*fp32", "D": "i32", "R": "i32", "x_stride": "i32",
-         "reduce_stride": "i32"},
-        {"BLOCK_R": 4, "BLOCK_D": 1024},
-    ),
-    decode_kernels.select_kernel: (
-        {"code_TR": "*fp32", "expand_FR": "*W", "bias_F": "*W", "gate_offset_F": "*W", "up_offset_F": "*W",
-         "gate_log_noise_F": "*W", "up_log_noise_F": "*W", "active_TA": "*i32", "bad_TN": "*i32",
-         "R": "i32", "N": "i32", "expand_stride": "i32"},
-        {"B": 64, "K": 16, "BLOCK_B": 64, "BLOCK_R": 64, "GATED": True, "KEEP_LOGITS": False},
-    ),
-    decode_kernels.activate_kernel: (
-        {"x_TD": "*W", "packed_F3P": "*W", "active_TA": "*i32", "gate_bias_F": "*W",
-         "h_TA": "*fp32", "A": "i32", "D": "i32", "x_stride": "i32", "P": "i32"},
-        {"BLOCK_A": 4, "BLOCK_D": 1024, "GATE_BIAS": True, "UP_BIAS": False},
-    ),
-    decode_kernels.gather_kernel: (
-        {"h_TA": "*fp32", "packed_F3P": "*W", "active_TA": "*i32", "parts_TSD": "*fp32", "A": "i32", "D": "i32",
-         "P": "i32", "per_share": "i32", "S": "i32"},
-        {"BLOCK_A": 16, "BLOCK_D": 256},
-    ),
-    decode_kernels.finish_kernel: (
-        {"parts_TSD": "*fp32", "bad_TN": "*i32", "bias_D": "*W", "y_TD": "*W", "D": "i32", "N": "i32", "S": "i32"},
-        {"BLOCK_N": 512, "BLOCK_S": 64, "BLOCK_D": 64, "BIAS": True},
-    ),
-}  # fmt: skip
+CASES = {
+    "7b": {"hidden": 3584, "banks": 4, "rank": 512},
+    "ones": {"hidden": 1, "banks": 1, "rank": 2, "bank_size": 1, "active": 1, "form": "linear", "bias": True},
+}
+"""Widths of the 7B shape, and sizes of 1, which a launch passes as constants."""
+
 ASSERTING = ("gate_forward_kernel", "finish_kernel")
-SIZES = ("num_rows", "D", "R", "A", "N", "S")
-ALIGNED = ("D", "P", "R", "x_stride", "reduce_stride", "expand_stride")
 
 
-def check(kernel, arguments, constants, dtype: str, capability: int, *, ones: bool) -> str:
-    names = kernel.arg_names
-    # A launch passes None and the number 1 as constants.
-    given = {name: kind for name, kind in arguments.items() if not (ones and name in SIZES)}
-    constants = dict.fromkeys(names, None) | dict.fromkeys(SIZES, 1) | constants
-    constants = {name: value for name, value in constants.items() if name in names and name not in given}
-    signature = {name: given[name].replace("W", dtype) if name in given else "constexpr" for name in names}
-    aligned = [name for name in given if signature[name].startswith("*") or name in ALIGNED]
-    asserts = kernel.__name__ in ASSERTING
-    compiled = triton.compile(
-        ASTSource(
-            kernel,
-            signature,
-            {(names.index(name),): value for name, value in constants.items()},
-            {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-        ),
-        target=GPUTarget("cuda", capability, 32),
-        options={"debug": asserts, "sanitize_overflow": False, "enable_fp_fusion": True},
-    )
-    assert ("__assertfail" in compiled.asm["ptx"]) == asserts, f"{kernel.__name__}: assertion"
+class AbsentGpu:
+    """What the compiler asks of the driver."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class CompileOnly:
+    """While active, a launch compiles its kernel and checks the result."""
+
+    def __enter__(self):
+        self.run = JITFunction.run
+        JITFunction.run = lambda kernel, *arguments, **settings: report(
+            kernel.__name__, self.run(kernel, *arguments, **settings | {"warmup": True})
+        )
+
+    def __exit__(self, *_):
+        JITFunction.run = self.run
+
+
+def report(name, compiled):
+    asserts = "__assertfail" in compiled.asm["ptx"]
+    assert asserts == (name in ASSERTING), f"{name}: device assertion"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
-    registers, local = (int(re.findall(rf"{word}:(\d+)", usage.stdout)[-1]) for word in ("REG", "LOCAL"))
-    assert local == 0, f"{kernel.__name__} spills {local} bytes"
-    shared = compiled.metadata.shared
-    return f"sm_{capability} {dtype:5} {kernel.__name__:22} {registers:4} registers, {shared:6} bytes of shared memory"
+        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    registers, local = (int(re.findall(rf"{word}:(\d+)", usage)[-1]) for word in ("REG", "LOCAL"))
+    assert local == 0, f"{name} spills {local} bytes"
+    print(f"  {name:22} {registers:4} registers, {compiled.metadata.shared:6} bytes of shared memory")
 
 
-def main() -> None:
-    for capability, dtype, ones in ((90, "bf16", False), (80, "fp32", False), (80, "fp16", True)):
-        for kernel, (arguments, constants) in KERNELS.items():
-            print(check(kernel, arguments, constants, dtype, capability, ones=ones))
+@torch.no_grad()
+def launch_all(case):
+    layer, x = make_layer(case), make_input(case)
+    packed = pack(layer, kernel="triton")
+    size, active = case.bank_size, case.active
+    active_TA, bad_TN, _ = decode.select_channels(x, decode.Predictor.of(layer.predictor), size, active)
+    bias = (linear.bias for linear in (layer.gate_proj, layer.up_proj, layer.down_proj))
+    decode.run_channels(x, packed.weights_F3P, active_TA, bad_TN, *bias)
+    h, logits = torch.zeros(16, size, dtype=case.dtype), torch.zeros(16, size)
+    _, *saved = gate.unit_gate(h, logits, size, active, 1.0)
+    gate.unit_gate_backward(h, h, logits, *saved, size, 1.0, True, active < size)
+
+
+def main():
+    for capability, dtype, name in ((90, "bfloat16", "7b"), (80, "float32", "7b"), (80, "float16", "ones")):
+        print(f"compute capability {capability / 10}, {dtype}, sizes {name}")
+        driver.set_active(AbsentGpu(capability))
+        with CompileOnly():
+            launch_all(Case(tokens=2, dtype=getattr(torch, dtype), **CASES[name]))
 
 
 if __name__ == "__main__":

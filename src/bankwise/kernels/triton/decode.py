@@ -30,7 +30,7 @@ from bankwise.kernels.triton.decode_kernels import (
     reduce_kernel,
     select_kernel,
 )
-from bankwise.kernels.triton.support import MAX_TOKENS, launch_on
+from bankwise.kernels.triton.support import MAX_TOKENS, check_banks, launch_on
 
 MAX_SHARES = 64
 
@@ -145,6 +145,12 @@ def ffn_decode_gpu(
     x_TD = x.reshape(-1, x.shape[-1]).contiguous()
     if x_TD.shape[0] > MAX_TOKENS:
         raise KernelError(f"{x_TD.shape[0]} tokens at once; the decode kernels take at most {MAX_TOKENS}")
+    check_banks(bias_F.shape[0], bank_size, active)
+    if packed_F3P.shape[0] != bias_F.shape[0] or not x.shape[-1] == reduce_RD.shape[1] <= packed_F3P.shape[2]:
+        raise KernelError(
+            f"x ends in {x.shape[-1]} columns, for a predictor of {reduce_RD.shape[1]} columns and {bias_F.shape[0]} "
+            f"channels and weights packed as {list(packed_F3P.shape)}; they must belong to one layer"
+        )
     predictor = Predictor(reduce_RD, expand_FR, bias_F, gate_offset_F, up_offset_F, gate_log_noise_F, up_log_noise_F)
     with launch_on(x.device):
         active_TA, bad_TN, _ = select_channels(x_TD, predictor, bank_size, active)

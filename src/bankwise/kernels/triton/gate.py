@@ -13,9 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
-from bankwise.errors import RoutingError
+from bankwise.errors import KernelError, RoutingError
 from bankwise.kernels.triton.gate_kernels import gate_backward_kernel, gate_forward_kernel
-from bankwise.kernels.triton.support import launch_on
+from bankwise.kernels.triton.support import check_banks, launch_on
 
 BANKS_PER_PROGRAM = 16
 
@@ -25,6 +25,12 @@ def unit_gate(
     h_TF: Tensor, logits_TF: Tensor, bank_size: int, active: int, tau: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """gated_TF, and per bank the mask's word, the threshold and the width (the last two undefined for K = B)."""
+    check_banks(h_TF.shape[-1], bank_size, active)
+    if logits_TF.shape != h_TF.shape or logits_TF.dtype != torch.float32:
+        raise KernelError(
+            f"the router logits are {logits_TF.dtype} {list(logits_TF.shape)}; the fused gate takes float32 in the "
+            f"activation's shape, {list(h_TF.shape)}"
+        )
     _raise_unless_finite(logits_TF)
     gated_TF, words_TN, threshold_TN, width_TN = _fake_unit_gate(h_TF, logits_TF, bank_size, active, tau)
     num_rows = words_TN.numel()

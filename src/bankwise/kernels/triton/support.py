@@ -70,6 +70,15 @@ def decode_limits(*, forced: bool) -> Limits:
     return Limits("cpu" if interpreted else "cuda", MAX_TOKENS if forced else DECODE_TOKENS, MAX_BANK, DTYPES)
 
 
+def check_banks(num_channels: int, bank_size: int, active: int) -> None:
+    """Raise unless the kernels can select in banks of this size: they read memory without further checks."""
+    if not 1 <= active <= bank_size <= MAX_BANK or num_channels % bank_size:
+        raise KernelError(
+            f"cannot keep {active} of every {bank_size} in {num_channels} channels: the GPU kernels take a bank_size "
+            f"up to {MAX_BANK} that divides the channels, and active_per_bank in 1..bank_size"
+        )
+
+
 @torch.compiler.assume_constant_result
 def runs_gate(
     requested: str | None, device: str, h_dtype: torch.dtype, logits_dtype: torch.dtype, bank_size: int
