@@ -45,6 +45,26 @@ def test_evaluation_without_gradients_uses_the_operator_and_nothing_else_does(mo
     assert dispatch.choose(layer, x) == ("reference", "BANKWISE_KERNEL=reference")
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_predictor_put_in_the_place_of_the_layers_own_is_asked(is_packed):
+    layer, x = make_layer(Case()), make_input(Case())
+    if is_packed:
+        layer(x)
+    own = layer.predictor
+
+    class Opposite(torch.nn.Module):
+        def forward(self, x):
+            return -own(x)
+
+    before = layer(x)
+    layer.predictor = Opposite()
+    assert torch.equal(layer(x), reference(layer, x))
+    assert not torch.allclose(layer(x), before)
+    assert "replaced by Opposite" in dispatch.choose(layer, x).reason
+    layer.predictor = own
+    torch.testing.assert_close(layer(x), before)
+
+
 def test_packed_parameters_are_views_with_the_same_values():
     layer = make_layer(Case(hidden=50))
     before = {name: value.clone() for name, value in layer.state_dict().items()}

@@ -19,6 +19,7 @@ from bankwise.errors import KernelError, RoutingError
 from bankwise.ffn.bank import BankCut, bank_topk_mask
 from bankwise.ffn.gates import SteUnitGate
 from bankwise.ffn.layer import SparseSwiGLU
+from bankwise.ffn.predictor import Predictor
 from bankwise.kernels.cpu import library
 from bankwise.kernels.cpu.packing import PackedWeights, dense_forward_int8, is_current, pack
 from bankwise.kernels.triton import support
@@ -109,7 +110,7 @@ def fast_forward(layer: SparseSwiGLU, x_TD: Tensor) -> Tensor | None:
         if not is_current(layer, packed):
             layer.packed = None
             return fast_forward(layer, x_TD)
-    if _tokens(x_TD) > packed.max_tokens or layer.routing_record is not None:
+    if _tokens(x_TD) > packed.max_tokens or layer.routing_record is not None or not _has_own_predictor(layer):
         if packed.scales_F3 is None:
             return None
         mask_TF = bank_topk_mask(layer.logits(x_TD), bank_size=layer.bank_size, active_per_bank=layer.active_per_bank)
@@ -143,6 +144,7 @@ def runs_packed(layer: SparseSwiGLU) -> bool:
         layer.packed is not None
         and layer.packed.kernel == "cpu"
         and layer.routing_record is None
+        and _has_own_predictor(layer)
         and not (os.environ.get("BANKWISE_KERNEL") == "reference" and layer.packed.scales_F3 is None)
     )
 
@@ -211,6 +213,11 @@ def run_packed(
     return torch.ops.bankwise.ffn_decode(*arguments, norm, epsilon)
 
 
+def _has_own_predictor(layer: SparseSwiGLU) -> bool:
+    """Whether the logits come from the layer's own matrices: the layer scan puts oracles in the predictor's place."""
+    return type(layer._modules["predictor"]) is Predictor
+
+
 def _tokens(x_TD: Tensor) -> int:
     return x_TD.numel() // x_TD.shape[-1]
 
@@ -224,6 +231,8 @@ def _unsupported(layer: SparseSwiGLU, x_TD: Tensor, limits: support.Limits) -> s
         return f"{_tokens(x_TD)} tokens at once; the masked dense path is faster above {limits.max_tokens}"
     if layer.routing_record is not None:
         return "routing statistics are being recorded"
+    if not _has_own_predictor(layer):
+        return f"its predictor is replaced by {type(layer.predictor).__name__}"
     if settings.gate_mode not in UNIT_GATES:
         return f"gate_mode={settings.gate_mode!r} scales the kept channels (supported: {', '.join(UNIT_GATES)})"
     if settings.center != "off":
