@@ -68,7 +68,7 @@ def fit_layer(
             )
             standardise_logits(layer, fit_TD[:_MEASURED_TOKENS])
         if sparsity.center != "off":
-            layer.center.copy_(_dropped_mean(layer, fit_TD))
+            layer.center.copy_(dropped_mean(layer, fit_TD))
         return measured | _measure(layer, check_TD, layer.predictor)
 
 
@@ -93,7 +93,7 @@ def _retained_global(layer: SparseSwiGLU, x_TD: Tensor) -> float:
     return (square_TF.topk(kept, dim=-1).values.sum(dim=-1) / square_TF.sum(dim=-1).clamp_min(1e-30)).mean().item()
 
 
-def _dropped_mean(layer: SparseSwiGLU, x_TD: Tensor) -> Tensor:
+def dropped_mean(layer: SparseSwiGLU, x_TD: Tensor) -> Tensor:
     """c_F = E[h | not selected], the least-squares value of a dropped channel (`method.md` section 2.5)."""
     total_F = torch.zeros(layer.gate_proj.out_features, dtype=torch.float64, device=x_TD.device)
     count_F = torch.zeros_like(total_F)
