@@ -10,6 +10,7 @@ from bankwise import ffn, inference, kernels, models
 from bankwise.config import CalibrationConfig, DataSource, EvalConfig, Recipe, SparsityConfig, Stage
 from bankwise.evaluation import evaluate
 from bankwise.pipeline import RunResult, run, train
+from bankwise.repair import repair, scan
 from bankwise.upcycle import upcycle
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "inference",
     "kernels",
     "models",
+    "repair",
     "run",
+    "scan",
     "train",
     "upcycle",
 ]

@@ -19,6 +19,7 @@ from bankwise.errors import BankwiseError, ConfigError
 from bankwise.evaluation.baselines import BASELINES
 from bankwise.evaluation.comparison import COLUMNS
 from bankwise.evaluation.evaluator import evaluate_models
+from bankwise.repair import commands as repair_commands
 from bankwise.upcycle import load_model
 
 Command = Callable[[argparse.Namespace], int]
@@ -43,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bankwise: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("bankwise: interrupted; a run goes on with `bankwise run ... --resume`", file=sys.stderr)
+        print(
+            "bankwise: interrupted; a run goes on with `bankwise run ... --resume`, a scan with the same command",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -107,6 +111,12 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--output", type=Path, help="folder of the report; default: the run's folder, else none")
     sub.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     sub.add_argument("--quiet", action="store_true", help="print the result only")
+
+    sub = command("scan", repair_commands.run_scan, repair_commands.SCAN_HELP)
+    repair_commands.add_scan_arguments(sub)
+
+    sub = command("repair", repair_commands.run_repair, repair_commands.REPAIR_HELP)
+    repair_commands.add_repair_arguments(sub)
 
     sub = command("report", _report, "write report.html, .md and .csv again from the files of a run or an evaluation")
     sub.add_argument("folder", type=Path)

@@ -199,7 +199,8 @@ class _Bench:
         found: list[Sample] = []
         seed = self._scan.seed + _SEED_STEP * (attempt + 1)
         for length in self._lengths:
-            drawn = self._metric.samples(self._source, length, count + self._scan.samples, seed)
+            # Twice as many: windows of text that overlap those of the scan fall away.
+            drawn = self._metric.samples(self._source, length, 2 * (count + self._scan.samples), seed)
             new = [sample for sample in drawn if not _pieces(sample) & self._seen][:count]
             if len(new) < count:
                 raise DataError(

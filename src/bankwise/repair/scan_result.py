@@ -22,7 +22,7 @@ DAMAGE = "damage"
 """The change of the reference model."""
 _SMALL_SHARE = 0.2  # of the gap; what a layer wins below this is no second fault
 _LARGE_SHARE = 0.5  # of the gap; a fault of one layer is at least this much of it
-Verdict = Literal["layer", "not layer-local", "no affected band"]
+Verdict = Literal["layer", "not layer-local", "upstream", "no affected band"]
 Values = dict[str, list[float]]
 """By length (as text, a key of JSON), one value per sample."""
 
@@ -66,6 +66,8 @@ class Scan:
     layers: list[int]
     active_per_bank: dict[str, int]
     """By layer, k."""
+    num_sparse: int
+    """Sparse layers of the model; a scan may leave some out."""
     bank_size: int
     samples: int
     seed: int
@@ -162,6 +164,15 @@ class Scan:
         gap = estimate(self._improvements(self.sparse, self.dense, lengths, 1))
         gain = self.gain(first.layer, first.change, lengths, 1)
         problem = ""
+        total = sum(max(0.0, self.gain(row.layer, row.change, lengths, 1).value) for row in ranking)
+        if total < _LARGE_SHARE * gap.value and len(self.layers) == self.num_sparse:
+            return Finding(
+                verdict="upstream",
+                layer=None,
+                lengths=lengths,
+                reason=f"more channels in all layers, one at a time, win {total:.3g} of the gap of {gap.value:.3g} in "
+                "sum: the fault is in the weights or in the attention, not in the choice of channels",
+            )
         if not gain.value > 2 * gain.standard_error:
             problem = f"more channels in layer {first.layer} win nothing that is certain on the other half"
         elif gain.value < _LARGE_SHARE * gap.value:

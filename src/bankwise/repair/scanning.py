@@ -95,6 +95,7 @@ def scan(
         lengths=list(lengths),
         layers=numbers,
         active_per_bank={str(layer.layer): layer.active_per_bank for layer in sparse},
+        num_sparse=len(check_sparse(model)),
         bank_size=sparse[0].bank_size,
         samples=samples,
         seed=seed,
