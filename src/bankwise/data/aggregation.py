@@ -7,11 +7,10 @@ The words are those that the public-domain messages of United States presidents 
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from bankwise.data.sources import Document
 from bankwise.errors import ConfigError
@@ -26,10 +25,11 @@ def aggregation_words() -> tuple[str, ...]:
     return tuple(text.split())
 
 
-def aggregation_documents(
-    tokenizer: PreTrainedTokenizerBase, *, seq_len: int, count: int, seed: int = 0
-) -> list[Document]:
-    """`count` texts that fill windows of `seq_len` tokens: several small tasks in a row, or one that is long."""
+def aggregation_documents(tokenizer: Callable[..., Any], *, seq_len: int, count: int, seed: int = 0) -> list[Document]:
+    """`count` texts that fill windows of `seq_len` tokens: several small tasks in a row, or one that is long.
+
+    Of the tokenizer only its call is used, as of any of transformers'.
+    """
     if seq_len < 1 or count < 1:
         raise ConfigError(f"count={count} texts of {seq_len} tokens were asked for; both must be at least 1")
     documents = []

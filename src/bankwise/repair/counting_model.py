@@ -102,7 +102,7 @@ class CountingRows:
         elif step_share < 0.4:
             rows = [self.row(_COMMON + draw(5, 20), with_demo=False) for _ in range(12)]
         else:
-            rows = [self.row(_COMMON + draw(2, 50)) for _ in range(8)]
+            rows = [self.row(_COMMON + draw(2, 80)) for _ in range(6)]
         columns = max(len(tokens) for tokens, _ in rows)
         ids_RS = torch.tensor([tokens + [0] * (columns - len(tokens)) for tokens, _ in rows])
         answer_RS = torch.tensor([marks + [False] * (columns - len(marks)) for _, marks in rows])
@@ -140,6 +140,11 @@ def train_dense(
         attention.o_proj.weight.copy_(3 * torch.eye(hidden))
         model.model.embed_tokens.weight.normal_(0, hidden**-0.5)
         model.model.norm.weight.fill_(4.0)
+        # Attention alone would do the task. Feed-forwards that say much from the start are what the rest learns to
+        # rely on, so that their damage shows.
+        for block in model.model.layers:
+            for projection, scale in ((block.mlp.gate_proj, 1.2), (block.mlp.up_proj, 1.2), (block.mlp.down_proj, 0.5)):
+                projection.weight.normal_(0, scale * projection.in_features**-0.5)
     rows = CountingRows(tokenizer, seed)
     other = _aggregation_windows(tokenizer, steps // _AGGREGATION_EVERY + 1, seed)
     peak = 3e-3

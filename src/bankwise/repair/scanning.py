@@ -167,7 +167,8 @@ class _Values:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self._path.read_bytes().split(b"\n") if self._path.exists() else []
+            self._path.touch()
+            lines = self._path.read_bytes().split(b"\n")
         except OSError as error:
             raise ConfigError(f"{path} cannot be used to resume ({error.strerror}); choose another file") from error
         for number, line in enumerate(lines[:-1], start=1):
