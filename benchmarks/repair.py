@@ -33,10 +33,10 @@ from bankwise.repair import Patch, RepairSettings, Scan, faults
 from bankwise.repair.counting_model import CountingRows, counting_models, make_sparse
 from bankwise.repair.prefix import PrefixReader
 
-LENGTHS = [512, 768]
-LATE = 512  # damage that acts from this position on spares the shorter length
-SAMPLES = 16
-JUDGES = 32
+LENGTHS = [512, 640]
+LATE = 440  # damage that acts from this position on spares the shorter length
+SAMPLES = 12
+JUDGES = 24
 SHORT = 480
 TEXT = [DataSource(path="package:pydoc")]
 FIELDS = (
@@ -121,8 +121,8 @@ class Bench:
 KINDS = ("scrambled predictor", "noise in the predictor", "4 of 64 channels", "scrambled late", "sorted banks")
 
 
-def planted(count: int, layers: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    for trial in range(count):
+def planted(first: int, count: int, layers: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    for trial in range(first, first + count):
         yield KINDS[trial % len(KINDS)], (trial // len(KINDS) % layers,), trial
 
 
@@ -137,8 +137,8 @@ def hashes(model: PreTrainedModel) -> dict[str, str]:
     return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in model.state_dict().items()}
 
 
-def healthy(bench: Bench, count: int) -> Iterator[dict[str, object]]:
-    for seed in range(count):
+def healthy(bench: Bench, first: int, count: int) -> Iterator[dict[str, object]]:
+    for seed in range(first, first + count):
         started = time.perf_counter()
         model = make_sparse(bench.companion, bench.tokenizer, rank=32, steps=40, seed=100 + seed, say=lambda text: None)
         finding = bench.scan(model, 1000 + seed).finding
@@ -153,6 +153,7 @@ def main() -> int:
     parser.add_argument("--models", type=Path, default=cache_folder("counting-model"))
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--healthy", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="number of the first trial, to share the work")
     parser.add_argument("--controls", action="store_true")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
@@ -161,8 +162,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as texts:
         bench = Bench(options.models, Path(texts))
         depth = bench.sparse.config.num_hidden_layers
-        trials = list(planted(options.trials, depth)) + (list(controls(depth)) if options.controls else [])
-        for row in chain((bench.trial(*trial) for trial in trials), healthy(bench, options.healthy)):
+        trials = list(planted(options.first, options.trials, depth)) + (
+            list(controls(depth)) if options.controls else []
+        )
+        for row in chain((bench.trial(*trial) for trial in trials), healthy(bench, options.first, options.healthy)):
             rows.append(row)
             print("  ".join(f"{key}={value}" for key, value in row.items() if value not in ("", None)), flush=True)
     print(summary(rows, options.trials))

@@ -142,8 +142,13 @@ def train_dense(
         model.model.norm.weight.fill_(4.0)
         # Attention alone would do the task. Feed-forwards that say much from the start are what the rest learns to
         # rely on, so that their damage shows.
-        for block in model.model.layers:
-            for projection, scale in ((block.mlp.gate_proj, 1.2), (block.mlp.up_proj, 1.2), (block.mlp.down_proj, 0.5)):
+        for index, block in enumerate(model.model.layers):
+            loud = 0.5 if index == 0 else 3.0  # what attention adds stands beside it from the second layer on
+            for projection, scale in (
+                (block.mlp.gate_proj, 1.2),
+                (block.mlp.up_proj, 1.2),
+                (block.mlp.down_proj, loud),
+            ):
                 projection.weight.normal_(0, scale * projection.in_features**-0.5)
     rows = CountingRows(tokenizer, seed)
     other = _aggregation_windows(tokenizer, steps // _AGGREGATION_EVERY + 1, seed)
