@@ -35,7 +35,7 @@ from bankwise.repair.prefix import PrefixReader
 
 LENGTHS = [512, 640]
 LATE = 440  # damage that acts from this position on spares the shorter length
-SAMPLES = 12
+SAMPLES = 16
 JUDGES = 24
 SHORT = 480
 TEXT = [DataSource(path="package:pydoc")]
@@ -140,7 +140,7 @@ def hashes(model: PreTrainedModel) -> dict[str, str]:
 def healthy(bench: Bench, first: int, count: int) -> Iterator[dict[str, object]]:
     for seed in range(first, first + count):
         started = time.perf_counter()
-        model = make_sparse(bench.companion, bench.tokenizer, rank=32, steps=40, seed=100 + seed, say=lambda text: None)
+        model = make_sparse(bench.companion, bench.tokenizer, rank=32, steps=10, seed=100 + seed, say=lambda text: None)
         finding = bench.scan(model, 1000 + seed).finding
         yield {
             "kind": "healthy", "seed": seed, "verdict": finding.verdict, "found": finding.layer,

@@ -33,7 +33,7 @@ class LayerScore:
 
     layer: int
     change: str
-    """Which number of channels won most: `1.5k`, `2k` or `dense`."""
+    """Which number of channels certainly won most (mean less two standard errors): `1.5k`, `2k` or `dense`."""
     gain: Estimate
     harm: Estimate
     score: float
@@ -144,8 +144,9 @@ class Scan:
         return sorted(rows, key=lambda row: (-row.score, row.layer))
 
     def _best_width(self, layer: int, lengths: Sequence[int]) -> str:
-        # A layer that was trained sparse may dislike all its channels at once.
-        return max(WIDER, key=lambda change: self.gain(layer, change, lengths, 0).value)
+        # A layer that was trained sparse may dislike all its channels at once, or be pleased on some samples alone.
+        gains = {change: self.gain(layer, change, lengths, 0) for change in WIDER}
+        return max(WIDER, key=lambda change: gains[change].value - 2 * gains[change].standard_error)
 
     @property
     def finding(self) -> Finding:
