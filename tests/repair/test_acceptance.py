@@ -6,7 +6,7 @@ import pytest
 
 from bankwise.evaluation.measures import Measure
 from bankwise.repair.acceptance import Acceptance, GuardDrop, guard_drops, judge
-from bankwise.repair.statistics import bootstrap_means, drop_p_value, estimate, holm_rejects, z_scores
+from bankwise.repair.statistics import bootstrap_means, drop_p_value, estimate, holm_rejects, joint_z_scores
 
 
 def noise(count: int, mean: float = 0.0, spread: float = 1.0, seed: int = 0) -> list[float]:
@@ -93,8 +93,8 @@ def test_bootstrap_keeps_clusters_together() -> None:
 
 def test_estimates() -> None:
     assert estimate([1.0, 2.0, 3.0]).standard_error == pytest.approx(3**-0.5)
-    assert z_scores([2.0, 2.0]) == [0.0, 0.0]
-    assert z_scores([0.0, 2.0]) == pytest.approx([-1.0, 1.0])
+    assert joint_z_scores([2.0, 2.0], [0.0, 0.0]) == [0.0, 0.0]
+    assert joint_z_scores([0.0, 2.0], [0.1, 0.0]) == pytest.approx([-0.95, 0.95])
 
 
 def test_points_of_a_guard() -> None:

@@ -90,6 +90,11 @@ def test_no_layer_is_named_where_no_single_one_is_at_fault(gains: dict[int, floa
     assert any(part in finding.reason for part in reason.split("|"))
 
 
+def test_small_harm_of_another_layer_does_not_outvote_a_large_gain() -> None:
+    scan = made_up({1024: 1.0}, {0: 0.9, 1: 0.02, 2: 0.0}, {0: 0.0, 1: 0.05, 2: 0.0})
+    assert scan.finding.layer == 0
+
+
 def test_choice_is_made_on_one_half_and_confirmed_on_the_other() -> None:
     """A layer whose gain shows on the choosing samples alone is not named."""
     scan = made_up({1024: 1.0}, {0: 0.0, 1: 0.0, 2: 0.0})

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from bankwise.errors import DataError
 from bankwise.files import write_json
-from bankwise.repair.statistics import Estimate, estimate, z_scores
+from bankwise.repair.statistics import Estimate, estimate, joint_z_scores
 
 FORMAT = "bankwise-scan/1"
 WIDER = ("1.5k", "2k", "dense")
@@ -37,7 +37,7 @@ class LayerScore:
     gain: Estimate
     harm: Estimate
     score: float
-    """Sum of the z-scores of gain and harm among the layers."""
+    """Sum of gain and harm, in standard deviations among the layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +133,9 @@ class Scan:
         best = {layer: self._best_width(layer, lengths) for layer in self.layers}
         gains = {layer: self.gain(layer, best[layer], lengths, 0) for layer in self.layers}
         harms = {layer: self.harm(layer, lengths, 0) for layer in self.layers}
-        gain_z = z_scores([gains[layer].value for layer in self.layers])
-        harm_z = z_scores([harms[layer].value for layer in self.layers])
+        scores = joint_z_scores(*([part[layer].value for layer in self.layers] for part in (gains, harms)))
         rows = [
-            LayerScore(
-                layer=layer, change=best[layer], gain=gains[layer], harm=harms[layer], score=gain_z[i] + harm_z[i]
-            )
+            LayerScore(layer=layer, change=best[layer], gain=gains[layer], harm=harms[layer], score=scores[i])
             for i, layer in enumerate(self.layers)
         ]
         return sorted(rows, key=lambda row: (-row.score, row.layer))

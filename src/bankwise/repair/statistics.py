@@ -83,8 +83,13 @@ def holm_rejects(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
     return rejected
 
 
-def z_scores(values: Sequence[float]) -> list[float]:
-    """Each value in standard deviations from the mean of all; 0 where all are equal."""
-    values_I = np.asarray(values, dtype=np.float64)
-    spread = values_I.std()
-    return [0.0] * len(values_I) if spread == 0 else ((values_I - values_I.mean()) / spread).tolist()
+def joint_z_scores(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """Of each place, the sum of two values in standard deviations from their means; 0 where all are equal.
+
+    Both are of one unit and share the larger of their spreads: a quantity that hardly differs from place to place has
+    as little say as that.
+    """
+    values_2I = np.asarray([first, second], dtype=np.float64)
+    spread = values_2I.std(axis=1).max()
+    centred_2I = values_2I - values_2I.mean(axis=1, keepdims=True)
+    return [0.0] * len(first) if spread == 0 else (centred_2I / spread).sum(axis=0).tolist()
