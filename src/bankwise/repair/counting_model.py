@@ -222,11 +222,11 @@ def make_sparse(
 def counting_models(
     folder: Path,
     *,
-    layers: int = 4,
+    layers: int = 3,
     hidden: int = 64,
     ffn: int = 256,
-    steps: int = 1600,
-    sparse_steps: int = 100,
+    steps: int = 1000,
+    sparse_steps: int = 80,
     seed: int = 0,
     say: Say = print,
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerFast]:
