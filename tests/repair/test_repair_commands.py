@@ -34,13 +34,16 @@ def scan_arguments(damaged: list[str], *more: str) -> list[str]:
 
 
 def test_scan_then_repair(damaged: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "report.json").write_text(json.dumps({"format": "bankwise-report/1"}), encoding="utf-8")
-    assert main(scan_arguments(damaged, "--report", str(tmp_path))) == 0
+    folder = tmp_path / "evaluation"
+    evaluation = ["eval", damaged[0], "--preset", str(tmp_path / "guards.yaml"), "--output", str(folder), "--quiet"]
+    assert main(evaluation) == 0
+    assert main(scan_arguments(damaged, "--report", str(folder))) == 0
     shown = capsys.readouterr()
     assert "verdict: layer 0" in shown.out
     assert "estimate: " in shown.err
     assert Scan.load(tmp_path / "damaged" / "scan.json").finding.layer == 0
-    assert len(json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["scan"]["values"]) == 3
+    assert len(json.loads((folder / "report.json").read_text(encoding="utf-8"))["scan"]["values"]) == 3
+    assert "perplexity:0-1K" in (folder / "report.html").read_text(encoding="utf-8")
 
     output = tmp_path / "repaired"
     arguments = [

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from bankwise.config import DataSource
 from bankwise.errors import ConfigError, DataError
 from bankwise.files import write_json
+from bankwise.report import write_report
 
 SCAN_HELP = "find the layer that breaks a metric at long context"
 REPAIR_HELP = "mend the layer that a scan found, and only it"
@@ -94,7 +95,7 @@ def run_scan(options: argparse.Namespace) -> int:
     print(f"{result.table()}\n\nscan        {output}")
     if report is not None:
         write_json(options.report / _REPORT, report | {"scan": result.heat_map()})
-        print(f"report      {options.report / _REPORT}")
+        print(f"report      {write_report(options.report)}")
     return 0
 
 
