@@ -133,7 +133,7 @@ def test_eval_of_a_run_measures_all_its_models_and_writes_the_report(recipe, tmp
     assert main(["run", str(recipe), "companion=true", "narrow=true", "--quiet"]) == 0
     capsys.readouterr()
     assert main(["eval", str(run), "perplexity.windows=4", "perplexity.seq_len=32", "--suites", "perplexity,routing",
-                 "routing.windows=1", "--cats", "--random-fixed"]) == 0  # fmt: skip
+                 "routing.windows=1", "--cats", "--random-fixed", "--speed"]) == 0  # fmt: skip
     out = capsys.readouterr().out
     report = json.loads((run / "report.json").read_text())
     names = [column["name"] for column in report["columns"]]
@@ -147,6 +147,10 @@ def test_eval_of_a_run_measures_all_its_models_and_writes_the_report(recipe, tmp
     losses = next(row for row in report["measures"] if row["metric"] == "loss")["columns"]
     for name in ("dense", "companion", "narrow", "untrained", "sparse"):
         assert losses[name]["value"] == pytest.approx(summary[name]["loss"], rel=1e-4)
+    speeds = {name: details.get("speed") for name, details in report["details"].items()}
+    assert {name for name, speed in speeds.items() if speed} == {"dense", "narrow", "sparse"}
+    assert speeds["sparse"]["decode_tokens_per_second"] > 0
+    assert "decode ratio to dense" in (run / "report.md").read_text()
     assert main(["report", str(run)]) == 0
 
 
@@ -259,6 +263,7 @@ def test_models_of_the_wrong_kind(recipe, model, sparse, tmp_path, capfd):
         (["eval", "MODEL", "--suites", "iq"], "iq"),
         (["eval", "MODEL", "--preset", "fast"], "use ci, smoke, full"),
         (["eval", "MODEL", "--output", "TEXTS", *WINDOWS, "--data", "TEXTS"], "holds other files"),
+        (["eval", "MODEL", *WINDOWS, "--data", "TEXTS", "--speed"], "--speed goes into a report"),
         (["report", "TEXTS"], "neither summary.json nor report.json"),
         (["generate", "MODEL", ""], "the prompt is empty"),
         (["generate", "MODEL", "we", "--max-new-tokens", "0"], "max_new_tokens=0"),

@@ -108,6 +108,7 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--data", type=_names, help="text sources of the held-out loss, comma-separated; as in a recipe")
     sub.add_argument("--data-dir", help="folder of RULER's own essay and QA files")
     sub.add_argument("--lm-eval", type=_names, help="tasks to run through lm-eval, comma-separated")
+    sub.add_argument("--speed", action="store_true", help="also time the models beside the dense one; needs a report")
     sub.add_argument("--output", type=Path, help="folder of the report; default: the run's folder, else none")
     sub.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     sub.add_argument("--quiet", action="store_true", help="print the result only")
@@ -246,10 +247,14 @@ def _eval(options: argparse.Namespace) -> int:
     progress = sys.stderr.isatty() and not options.quiet
     say = _say_nothing if options.quiet else _say_on_stderr
     keep_freed_memory()
+    if options.speed and output is None:
+        raise ConfigError("--speed goes into a report; name its folder with --output")
     if output is None:
         report = evaluate_models(models, plan, baselines=baselines, say=say, progress=progress)
     else:
-        report = report_models(models, plan, output, baselines=baselines, say=say, progress=progress)
+        report = report_models(
+            models, plan, output, baselines=baselines, speed=options.speed, say=say, progress=progress
+        )
     print(json.dumps(report, indent=2) if options.json else evaluation_table(report))
     if output is not None and not options.json:
         print(f"\nreport      {output / 'report.html'}")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bankwise.bench.checkpoints import TIMED, checkpoint_speeds
 from bankwise.config import EvaluationPlan, Recipe, load_recipe
 from bankwise.errors import ConfigError
 from bankwise.evaluation.evaluator import evaluate_models
@@ -53,17 +54,25 @@ def report_models(
     output: Path,
     *,
     baselines: Sequence[str] = (),
+    speed: bool = False,
     say: Callable[[str], None] = print,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate `models`, write `report.json`, `.html`, `.md` and `.csv` into `output`, and return the report.
 
-    `output` is a run's folder, an earlier evaluation's, or a new one; anything else is refused.
+    `output` is a run's folder, an earlier evaluation's, or a new one; anything else is refused. `speed` also times the
+    models beside the dense one.
     """
+    if speed and not ("dense" in models and set(TIMED) & set(models)):
+        raise ConfigError(f"speed is timed beside the dense model; name the column dense and one of {', '.join(TIMED)}")
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not _is_ours(output))):
         raise ConfigError(f"{output} holds other files; choose a new folder, that of a run, or an earlier evaluation's")
     about = _trained_tokens(output / "summary.json")
     report = evaluate_models(models, plan, baselines=baselines, about=about, say=say, progress=progress)
+    if speed:
+        say("speed, in bfloat16, each model beside dense")
+        for name, row in checkpoint_speeds(models).items():
+            report["details"][name]["speed"] = row
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
