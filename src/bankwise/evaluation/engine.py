@@ -89,7 +89,7 @@ class Reading:
 
 
 @dataclass
-class _Request:
+class Request:
     """A prompt as token ids."""
 
     prompt: Prompt
@@ -100,7 +100,7 @@ class _Request:
 
 
 @dataclass
-class _Prefix:
+class Prefix:
     """A batch of prompts that has been read."""
 
     cache: DynamicCache
@@ -108,13 +108,13 @@ class _Prefix:
     last_PD: Tensor
     """Hidden state of each prompt's last token."""
 
-    def branch(self, rows_R: Tensor) -> "_Prefix":
+    def branch(self, rows_R: Tensor) -> "Prefix":
         """The same prefix for chosen prompts. Cache layers append by concatenation, so the parent stays as it is."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         if not torch.equal(rows_R, torch.arange(self.mask_PS.shape[0], device=rows_R.device)):
             cache.batch_select_indices(rows_R)
-        return _Prefix(cache, self.mask_PS[rows_R], self.last_PD[rows_R])
+        return Prefix(cache, self.mask_PS[rows_R], self.last_PD[rows_R])
 
 
 class Engine:
@@ -189,7 +189,7 @@ class Engine:
             bar.close()
         return [readings[index] for index in range(len(prompts))]
 
-    def _request(self, prompt: Prompt) -> _Request:
+    def _request(self, prompt: Prompt) -> Request:
         ids = self.encode(prompt.text)
         continuations = [self._continuation_ids(prompt.text, ids, text) for text in prompt.continuations]
         if not all(continuations):
@@ -208,7 +208,7 @@ class Engine:
             raise ConfigError(
                 f"an answer of {longest} tokens leaves no room for its prompt in the model's context of {self.context}"
             )
-        return _Request(prompt, ids[-room:], len(ids) > room, continuations, suffixes)
+        return Request(prompt, ids[-room:], len(ids) > room, continuations, suffixes)
 
     def _continuation_ids(self, text: str, ids: list[int], continuation: str) -> list[int]:
         """Tokens that `continuation` adds to `text`: of the joined text, or of its own where the joint would merge."""
@@ -219,7 +219,7 @@ class Engine:
             return whole[len(ids) :]
         return self.encode(continuation)
 
-    def _batches(self, requests: dict[int, _Request]) -> Iterator[list[int]]:
+    def _batches(self, requests: dict[int, Request]) -> Iterator[list[int]]:
         """Indices of prompts that are read together: of like length, longest first, so that memory peaks at once."""
         batch: list[int] = []
         columns = 0
@@ -232,7 +232,7 @@ class Engine:
         if batch:
             yield batch
 
-    def _read_batch(self, requests: list[_Request]) -> list[Reading]:
+    def _read_batch(self, requests: list[Request]) -> list[Reading]:
         prefix = self._prefill(requests)
         scores = self._score(prefix, requests)
         probes = self._probe(prefix, requests)
@@ -249,21 +249,21 @@ class Engine:
             for index, request in enumerate(requests)
         ]
 
-    def _prefill(self, requests: list[_Request]) -> _Prefix:
+    def _prefill(self, requests: list[Request]) -> Prefix:
         columns = max(len(request.ids) for request in requests)
         ids_PS = torch.zeros(len(requests), columns, dtype=torch.long)
         mask_PS = torch.zeros(len(requests), columns, dtype=torch.long)
         for row, request in enumerate(requests):
             ids_PS[row, -len(request.ids) :] = torch.tensor(request.ids)
             mask_PS[row, -len(request.ids) :] = 1
-        prefix = _Prefix(DynamicCache(config=self.model.config), mask_PS[:, :0].to(self.device), torch.empty(0))
+        prefix = Prefix(DynamicCache(config=self.model.config), mask_PS[:, :0].to(self.device), torch.empty(0))
         for start in range(0, columns, _PREFILL_COLUMNS):
             part = slice(start, start + _PREFILL_COLUMNS)
             hidden_PSD = self._extend(prefix, ids_PS[:, part], mask_PS[:, part])
         prefix.last_PD = hidden_PSD[:, -1]
         return prefix
 
-    def _extend(self, prefix: _Prefix, ids_PS: Tensor, mask_PS: Tensor) -> Tensor:
+    def _extend(self, prefix: Prefix, ids_PS: Tensor, mask_PS: Tensor) -> Tensor:
         """Hidden states [P, S, D] of further tokens, which become part of the prefix."""
         ids_PS, mask_PS = ids_PS.to(self.device), mask_PS.to(self.device)
         seen_P1 = prefix.mask_PS.sum(dim=1, keepdim=True)
@@ -286,7 +286,7 @@ class Engine:
         with self._precision(hidden_TD.shape[0]):
             return torch.log_softmax(head(hidden_TD.to(head.weight.dtype)).float(), dim=-1)
 
-    def _score(self, prefix: _Prefix, requests: list[_Request]) -> list[list[ContinuationScore]]:
+    def _score(self, prefix: Prefix, requests: list[Request]) -> list[list[ContinuationScore]]:
         """Scores of every continuation of every prompt; prompts are read once, whatever the number of their answers."""
         scores: list[list[ContinuationScore]] = [[] for _ in requests]
         rows = [(index, ids) for index, request in enumerate(requests) for ids in request.continuations]
@@ -324,7 +324,7 @@ class Engine:
             tops.append((log_p_CV.argmax(dim=-1) == target_C1.squeeze(-1)).cpu())
         return torch.cat(logprobs), torch.cat(tops)
 
-    def _probe(self, prefix: _Prefix, requests: list[_Request]) -> list[list[tuple[float, ...]]]:
+    def _probe(self, prefix: Prefix, requests: list[Request]) -> list[list[tuple[float, ...]]]:
         probes: list[list[tuple[float, ...]]] = [[() for _ in request.suffixes] for request in requests]
         suffixes = {tuple(ids) for request in requests for ids in request.suffixes}
         for suffix in sorted(suffixes):
@@ -343,7 +343,7 @@ class Engine:
                 probes[index][number] = tuple(log_p_V[wanted.to(self.device)].double().tolist())
         return probes
 
-    def _generate(self, prefix: _Prefix, requests: list[_Request]) -> list[tuple[str, int]]:
+    def _generate(self, prefix: Prefix, requests: list[Request]) -> list[tuple[str, int]]:
         """Greedy text and number of new tokens of each prompt; rows that have ended leave the batch."""
         texts = [("", 0)] * len(requests)
         rows = [index for index, request in enumerate(requests) if request.prompt.max_new_tokens > 0]

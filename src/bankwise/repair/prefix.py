@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from bankwise.evaluation.engine import Engine, _Prefix, _Request
+from bankwise.evaluation.engine import Engine, Prefix, Request
 
 
 class PrefixStates:
@@ -94,7 +94,7 @@ class PrefixReader(Engine):
         windows_WS = windows_WS.to(self.device)
         return self._pass(windows_WS, torch.ones_like(windows_WS))[0]
 
-    def _prefill(self, requests: list[_Request]) -> _Prefix:
+    def _prefill(self, requests: list[Request]) -> Prefix:
         columns = max(len(request.ids) for request in requests)
         ids_PS = torch.zeros(len(requests), columns, dtype=torch.long)
         mask_PS = torch.zeros(len(requests), columns, dtype=torch.long)
@@ -103,7 +103,7 @@ class PrefixReader(Engine):
             mask_PS[row, -len(request.ids) :] = 1
         ids_PS, mask_PS = ids_PS.to(self.device), mask_PS.to(self.device)
         hidden_PSD, cache = self._pass(ids_PS, mask_PS)
-        return _Prefix(cache, mask_PS, hidden_PSD[:, -1])
+        return Prefix(cache, mask_PS, hidden_PSD[:, -1])
 
     def _pass(self, ids_PS: Tensor, mask_PS: Tensor) -> tuple[Tensor, DynamicCache]:
         key = ids_PS.cpu().numpy().tobytes()

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+from bankwise.cache import cache_folder
 from bankwise.errors import KernelError
 
 _HERE = Path(__file__).parent
@@ -57,7 +58,7 @@ def library_path(*, sanitize: bool = False) -> Path:
     """The compiled library, built now if it is not in the cache."""
     program = compiler()
     flags = (*_COMMON, *(_SANITIZED if sanitize else _OPTIMISED))
-    folder = _cache() / "kernels" / _key(program, flags)
+    folder = cache_folder("kernels") / _key(program, flags)
     library = folder / "bankwise_cpu.so"
     if not library.is_file():
         try:
@@ -70,10 +71,6 @@ def library_path(*, sanitize: bool = False) -> Path:
                 "that can be written"
             ) from error
     return library
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("BANKWISE_CACHE") or Path.home() / ".cache" / "bankwise").expanduser()
 
 
 def _key(program: str, flags: tuple[str, ...]) -> str:
