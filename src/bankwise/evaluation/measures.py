@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 from bankwise.errors import DataError
 
+NOT_COMPATIBLE = "not RULER-compatible"
+"""Note of tasks that stand in for RULER's own; a report sets them in a table apart."""
+
 _DRAWS = 2000
 _DRAW_BLOCK = 2_000_000  # random indices held at one time
 

@@ -15,13 +15,12 @@ from typing import Any
 from bankwise.config.evaluation import SUITES
 from bankwise.errors import DataError
 from bankwise.evaluation.comparison import COLUMNS, FORMAT
+from bankwise.evaluation.measures import NOT_COMPATIBLE
 from bankwise.report.evaluation_details import Details, Scan, read_details, read_scan
 from bankwise.report.json_node import Node
 
 DENSE = ("dense", "companion", "narrow")
 """Columns whose models use all their channels, so that there is no routing to measure."""
-
-SUBSTITUTE = "not RULER-compatible"
 
 CWE_METRICS = ("nll", "auc")
 """What the common-words task is followed by where its official score is at the floor."""
@@ -94,7 +93,7 @@ class Row:
     @property
     def is_substitute(self) -> bool:
         """Whether the task only resembles RULER's, because the original's files or size were not used."""
-        return self.section in ("ruler", "cwe") and ("@" in self.task or SUBSTITUTE.lower() in self.note.lower())
+        return self.section in ("ruler", "cwe") and ("@" in self.task or NOT_COMPATIBLE.lower() in self.note.lower())
 
     @property
     def is_agreement(self) -> bool:

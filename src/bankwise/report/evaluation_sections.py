@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bankwise.evaluation.measures import NOT_COMPATIBLE
 from bankwise.report import (
     evaluation_figures,
     evaluation_tables,
@@ -14,7 +15,7 @@ from bankwise.report import (
     sparsity_tables,
 )
 from bankwise.report.document import Box, Code, Figures, Paragraph, Part, Section, Shown, Tiles
-from bankwise.report.evaluation_data import ALL_SOURCES, COLUMNS, SUBSTITUTE, Evaluation
+from bankwise.report.evaluation_data import ALL_SOURCES, COLUMNS, Evaluation
 from bankwise.report.evaluation_tables import measures_table
 from bankwise.report.formats import NOT_APPLICABLE, NOT_RUN, count, flatten, percent
 from bankwise.report.means import group_mean, groups
@@ -131,14 +132,14 @@ def _long_context(evaluation: Evaluation) -> list[Part]:
     substitutes = [row for row in evaluation.rows if row.is_substitute]
     means = long_context_tables.ruler_means_table(evaluation, is_compatible=False)
     note = (
-        f"These tasks are {SUBSTITUTE}: they use other texts or sizes than NVIDIA's and their scores must not be set "
-        "beside published ones. They enter no mean above."
+        f"These tasks are {NOT_COMPATIBLE}: they use other texts or sizes than NVIDIA's and their scores must not be "
+        "set beside published ones. They enter no mean above."
     )
     return [
         *_ruler(evaluation),
         *_cwe(evaluation),
         *([Shown(means)] if means.rows else []),
-        Shown(measures_table(evaluation, f"Substitutes, {SUBSTITUTE}", substitutes, note)),
+        Shown(measures_table(evaluation, f"Substitutes, {NOT_COMPATIBLE}", substitutes, note)),
     ]
 
 

@@ -16,11 +16,10 @@ from bankwise.config.evaluation import EvaluationPlan, Permutation
 from bankwise.errors import BankwiseError
 from bankwise.evaluation.cwe import ANSWER_CLASSES, ITEM_CLASSES, LITE_PRESETS, RowRecord, lite, measure_rows
 from bankwise.evaluation.engine import Engine
-from bankwise.evaluation.measures import Measure
+from bankwise.evaluation.measures import NOT_COMPATIBLE, Measure
 from bankwise.evaluation.ruler import check_task, find_task, generate, resolve_template
 from bankwise.evaluation.ruler.score import exact, string_match_all
 from bankwise.evaluation.suites import SuiteResult
-from bankwise.evaluation.suites.ruler import NOT_COMPATIBLE
 
 SECTION = "cwe"
 TASK = "cwe"

@@ -13,7 +13,7 @@ from bankwise.config.evaluation import EvaluationPlan, RulerPlan
 from bankwise.errors import BankwiseError
 from bankwise.evaluation.cwe.prompts import cwe_prompt
 from bankwise.evaluation.engine import Engine, Prompt
-from bankwise.evaluation.measures import Measure
+from bankwise.evaluation.measures import NOT_COMPATIBLE, Measure
 from bankwise.evaluation.ruler import TASKS, RulerTask, check_task, find_task, generate, resolve_template
 from bankwise.evaluation.ruler.prompts import REVISION
 from bankwise.evaluation.ruler.score import (
@@ -27,8 +27,6 @@ from bankwise.evaluation.ruler.score import (
 )
 from bankwise.evaluation.ruler.words import WONDERWORDS_VERSION
 from bankwise.evaluation.suites import SuiteResult
-
-NOT_COMPATIBLE = "not RULER-compatible"
 
 
 @dataclass(frozen=True, kw_only=True)
