@@ -130,7 +130,7 @@ def test_eval_prints_a_table_or_json(which, column, active, texts, capsys, reque
 
 def test_eval_of_a_run_measures_all_its_models_and_writes_the_report(recipe, tmp_path, capsys):
     run = tmp_path / "run"
-    assert main(["run", str(recipe), "companion=true", "narrow=true", "--quiet"]) == 0
+    assert main(["run", str(recipe), "companion=true", "controls=[dense_narrow]", "--quiet"]) == 0
     capsys.readouterr()
     assert main(["eval", str(run), "perplexity.windows=4", "perplexity.seq_len=32", "--suites", "perplexity,routing",
                  "routing.windows=1", "--cats", "--random-fixed", "--speed"]) == 0  # fmt: skip

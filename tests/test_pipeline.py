@@ -216,7 +216,7 @@ def test_no_held_out_text_is_trained_on(recipe, tokenizer, monkeypatch):
     }  # fmt: skip
     assert torch.equal(by_model["sparse"], by_model["companion"])
     data = load_data(load_recipe(settings), tokenizer)
-    assert torch.equal(by_model["sparse"], data.train)
+    assert torch.equal(by_model["sparse"], data.rows(0).windows)
 
     def pieces(windows_WS):
         # 16 bytes hold a document's own name and place, or reach one.
@@ -224,7 +224,7 @@ def test_no_held_out_text_is_trained_on(recipe, tokenizer, monkeypatch):
 
     held_out = pieces(data.held_out["texts"])
     assert len(held_out) > 50
-    assert not held_out & pieces(data.train)
+    assert not held_out & pieces(by_model["sparse"])
     assert not held_out & pieces(data.calibration)
     assert len(torch.unique(data.held_out["texts"], dim=0)) == 4
 
@@ -338,7 +338,7 @@ def test_an_interrupted_run_resumes_to_the_same_end_bit_for_bit(recipe, tmp_path
             interrupt_after(patch, name, passes=7)
             with pytest.raises(KeyboardInterrupt):
                 bankwise.run(settings, resume=Path(settings["output"]).exists(), quiet=True)
-        assert (Path(settings["output"]) / "training" / name / "checkpoint-2").is_dir()
+        assert (Path(settings["output"]) / "training" / name / "stage-0" / "checkpoint-2").is_dir()
         assert not (Path(settings["output"]) / "summary.json").exists()
     step, made = UpcyclingTrainer.training_step, []
 

@@ -7,17 +7,17 @@ where it stopped.
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
-from bankwise.config import Recipe, dump_recipe, load_plan, load_recipe
+from bankwise.config import DataSource, Recipe, dump_recipe, load_plan, load_recipe
 from bankwise.data import held_out_windows, mixed_windows
 from bankwise.errors import ConfigError
 from bankwise.evaluation.evaluator import check_models
@@ -30,7 +30,8 @@ from bankwise.models.checkpoint import load_checkpoint, save_checkpoint
 from bankwise.models.modeling import use_chunked_loss
 from bankwise.provenance import environment
 from bankwise.report import write_report
-from bankwise.training import UpcyclingTrainer
+from bankwise.training import TokenWindows, train_stages, trained_tokens
+from bankwise.training.stages import remove_empty
 from bankwise.upcycle import convert, load_dense
 from bankwise.upcycle.loading import LoadedDense
 from bankwise.upcycle.narrow import narrow_dense
@@ -55,11 +56,12 @@ class RunResult:
 
 @dataclass
 class RunData:
-    """Token windows of a run."""
+    """Text of a run, as token windows."""
 
     calibration: Tensor | None
-    train: Tensor | None
     held_out: dict[str, Tensor]
+    rows: Callable[[int], Dataset]
+    """Training rows of a stage, by its number."""
 
 
 def run(
@@ -80,9 +82,11 @@ def run(
             raise ConfigError("overrides go with a recipe file or dict; set the fields of the Recipe object instead")
     else:
         recipe = load_recipe(recipe, overrides)
-    if (recipe.companion or recipe.narrow) and any(stage.trains == "predictor" for stage in recipe.stages):
+    has_dense = recipe.companion or "dense_narrow" in recipe.controls
+    if has_dense and recipe.stages and all(stage.trains == "predictor" for stage in recipe.stages):
         raise ConfigError(
-            "trains='predictor' leaves a dense model nothing to train; set companion: false and narrow: false"
+            "trains='predictor' in every stage leaves a dense model nothing to train; set companion: false and take "
+            "dense_narrow out of controls"
         )
     folder = Path(recipe.output)
     plan = load_plan(recipe.eval.preset, plan_values(recipe)) if recipe.eval.preset else None
@@ -131,9 +135,8 @@ def _upcycle_and_train(
         trained = train_model(recipe, companion, data, folder, "companion", tokenizer, resume=resume, quiet=quiet)
         summary["companion"] = measure(recipe, companion, data, tokens=trained)
     if recipe.stages:
-        stage = recipe.stages[0]
-        teacher = (companion if stage.teacher == "companion" else dense.model) if stage.kd_weight else None
-        if recipe.narrow:
+        teacher = _teacher(recipe, dense.model, companion)
+        if "dense_narrow" in recipe.controls:
             fraction = summary["untrained"]["active_fraction"]
             narrow = narrow_dense(dense.model, fraction, calibration=data.calibration)
             trained = train_model(
@@ -165,14 +168,13 @@ def train(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Path:
-    """Train a sparse checkpoint on the recipe's stage; returns the folder, with the result under checkpoint/.
+    """Train a sparse checkpoint on the recipe's stages; returns the folder, with the result under checkpoint/.
 
     The recipe's model is loaded only as a teacher (`kd_weight` > 0 and `teacher: dense`).
     """
     if not recipe.stages:
         raise ConfigError("the recipe has no stages, so there is nothing to train")
-    stage = recipe.stages[0]
-    if stage.kd_weight and stage.teacher == "companion":
+    if any(stage.kd_weight and stage.teacher == "companion" for stage in recipe.stages):
         raise ConfigError("teacher='companion' needs a companion: use `bankwise run`, or teacher='dense'")
     folder = Path(recipe.output)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite, inputs=[checkpoint])
@@ -180,7 +182,8 @@ def train(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)
-    teacher = load_dense(recipe.model, tokenizer=False).model if stage.kd_weight else None
+    has_teacher = any(stage.kd_weight for stage in recipe.stages)
+    teacher = load_dense(recipe.model, tokenizer=False).model if has_teacher else None
     data = load_data(recipe, tokenizer)
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     train_model(recipe, model, data, folder, "sparse", tokenizer, teacher=teacher, resume=resume, quiet=quiet)
@@ -255,11 +258,9 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         seed=recipe.seed,
     )
 
-    def training_split(seq_len: int, num_windows: int, seed: int) -> Tensor | None:
-        if num_windows == 0:
-            return None
+    def training_split(sources: list[DataSource], seq_len: int, num_windows: int, seed: int) -> Tensor:
         return mixed_windows(
-            recipe.data,
+            sources,
             tokenizer,
             seq_len=seq_len,
             num_windows=num_windows,
@@ -268,13 +269,15 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
             seed=seed,
         )
 
-    calibration = recipe.calibration
-    stage = recipe.stages[0] if recipe.stages else None
-    return RunData(
-        training_split(calibration.seq_len, calibration.windows, calibration.seed),
-        training_split(stage.seq_len, stage.windows, recipe.seed) if stage else None,
-        held_out,
-    )
+    def rows(number: int) -> Dataset:
+        stage = recipe.stages[number]
+        return TokenWindows(training_split(stage.data or recipe.data, stage.seq_len, stage.rows, recipe.seed + number))
+
+    settings = recipe.calibration
+    calibration = None
+    if settings.windows:
+        calibration = training_split(recipe.data, settings.seq_len, settings.windows, settings.seed)
+    return RunData(calibration, held_out, rows)
 
 
 def measure(recipe: Recipe, model: PreTrainedModel, data: RunData, *, tokens: int) -> dict[str, Any]:
@@ -296,40 +299,42 @@ def train_model(
     resume: bool = False,
     quiet: bool = False,
 ) -> int:
-    """Train `model` in place on the recipe's stage, save it, and return the tokens it has seen.
+    """Train `model` in place on the recipe's stages, save it, and return the tokens it has seen.
 
     `name` is `sparse` (saved as checkpoint/), `companion` or `narrow`. With `resume`, a finished training is loaded
     instead, and an unfinished one goes on from its last checkpoint.
     """
-    stage = recipe.stages[0]
     target = folder / ("checkpoint" if name == "sparse" else name)
     if resume and (target / "config.json").is_file():
         finished = load_checkpoint(target)[0] if name == "sparse" else load_dense(target, tokenizer=False).model
         model.load_state_dict(finished.state_dict())
-        return stage.steps * int(stage.batch_tokens)
+        return trained_tokens(model, recipe.stages)
     if name != "sparse":
         use_chunked_loss(model)
     work = folder / "training" / name
-    last = get_last_checkpoint(str(work)) if resume and work.is_dir() else None
-    assert data.train is not None
-    trainer = UpcyclingTrainer(
+    tokens = train_stages(
         model,
-        stage,
-        data.train,
+        recipe.stages,
+        data.rows,
         work,
         name=name,
         teacher=teacher,
+        resume=resume,
         seed=recipe.seed,
         metrics_file=folder / "metrics.jsonl",
+        arguments={"report_to": recipe.report_to} | recipe.trainer,
         quiet=quiet,
     )
-    trainer.train(resume_from_checkpoint=last)
-    model.zero_grad(set_to_none=True)
     save_checkpoint(model, tokenizer, target)
-    for empty in (work, work.parent):
-        if not any(empty.iterdir()):
-            empty.rmdir()
-    return stage.steps * int(stage.batch_tokens)
+    remove_empty(work.parent)
+    return tokens
+
+
+def _teacher(recipe: Recipe, dense: PreTrainedModel, companion: PreTrainedModel | None) -> PreTrainedModel | None:
+    kinds = {stage.teacher for stage in recipe.stages if stage.kd_weight}
+    if not kinds:
+        return None
+    return companion if kinds == {"companion"} else dense
 
 
 def provenance(recipe: Recipe, dense: LoadedDense, seconds: float) -> dict[str, Any]:

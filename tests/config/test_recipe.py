@@ -10,7 +10,7 @@ import pytest
 
 import bankwise.config
 from bankwise.config import CalibrationConfig, DataSource, EvalConfig, Recipe, SparsityConfig, Stage
-from bankwise.config.recipe import parse_tokens
+from bankwise.config.amounts import parse_tokens
 from bankwise.errors import ConfigError
 
 
@@ -77,7 +77,10 @@ def test_suffixes_are_understood_wherever_a_recipe_counts_tokens():
 def test_a_stage_counts_whole_steps_and_accumulated_passes():
     stage = Stage(tokens=10_001, batch_tokens=4_000, seq_len=500, micro_batch=2)
     assert stage.steps == 3
-    assert stage.accumulation == 4
+    assert stage.accumulation() == 4
+    assert stage.accumulation(processes=2) == 2
+    with pytest.raises(ConfigError, match=r"4000 cannot be shared by 3 processes.*multiple of 3000"):
+        stage.accumulation(processes=3)
     assert Stage(tokens=8_000, batch_tokens=4_000, seq_len=500, micro_batch=2).steps == 2
 
 

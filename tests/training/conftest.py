@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from bankwise.config import CalibrationConfig, SparsityConfig, Stage
 from bankwise.models.modeling import use_chunked_loss
-from bankwise.training import UpcyclingTrainer
+from bankwise.training import TokenWindows, UpcyclingTrainer
 from bankwise.upcycle import convert
 
 
@@ -66,7 +66,7 @@ class Training:
         self.trainer = UpcyclingTrainer(
             model,
             self.stage,
-            windows.repeat(-(-needed // len(windows)), 1)[:needed],
+            TokenWindows(windows.repeat(-(-needed // len(windows)), 1)[:needed]),
             folder / "work",
             name=name,
             teacher=teacher,

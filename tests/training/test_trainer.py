@@ -82,7 +82,7 @@ def test_a_stage_changes_the_parameters_that_it_trains_and_no_others(sparse, win
 
 def test_a_dense_model_has_no_predictor_to_train(tiny_dense):
     with pytest.raises(ConfigError, match=r"trains='predictor'.*trains='all'"):
-        select_trained(tiny_dense(), "predictor")
+        select_trained(tiny_dense(), Stage(trains="predictor"))
 
 
 # Equal ways through one stage
@@ -93,7 +93,7 @@ def test_two_passes_of_one_window_equal_one_pass_of_two(sparse, windows, trainin
         training(sparse(), windows(), tokens=5 * 64, batch_tokens=64, micro_batch=micro_batch, lr=1e-3).run()
         for micro_batch in (1, 2, 4)
     ]
-    assert [run.stage.accumulation for run in runs] == [4, 2, 1]
+    assert [run.stage.accumulation() for run in runs] == [4, 2, 1]
     start = weights(sparse())
     for run in runs[1:]:
         for key in ("loss", "ce", "aux", "grad_norm"):

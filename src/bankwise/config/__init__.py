@@ -1,5 +1,6 @@
 """Typed settings of a model (`SparsityConfig`), of a run (`Recipe`) and of a measurement (`EvaluationPlan`)."""
 
+from bankwise.config.data import DataSource, Packing
 from bankwise.config.evaluation import (
     BenchmarksPlan,
     CwePlan,
@@ -9,20 +10,24 @@ from bankwise.config.evaluation import (
     RulerPlan,
 )
 from bankwise.config.plan_file import PRESETS, dump_plan, load_plan
-from bankwise.config.recipe import CalibrationConfig, DataSource, EvalConfig, Recipe, Stage
+from bankwise.config.recipe import CalibrationConfig, Control, EvalConfig, Recipe
 from bankwise.config.recipe_file import dump_recipe, load_recipe
 from bankwise.config.sparsity import SparsityConfig
+from bankwise.config.stage import RopeChange, Stage
 
 __all__ = [
     "PRESETS",
     "BenchmarksPlan",
     "CalibrationConfig",
+    "Control",
     "CwePlan",
     "DataSource",
     "EvalConfig",
     "EvaluationPlan",
+    "Packing",
     "PerplexityPlan",
     "Recipe",
+    "RopeChange",
     "RoutingPlan",
     "RulerPlan",
     "SparsityConfig",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from bankwise.config.recipe import DataSource
+from bankwise.config.data import DataSource
 from bankwise.errors import ConfigError
 
 Suite = Literal["perplexity", "benchmarks", "ruler", "cwe", "routing"]

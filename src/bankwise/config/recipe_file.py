@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from bankwise.config.recipe import Recipe, Stage
+from bankwise.config.recipe import Recipe
 from bankwise.config.settings import build, fields_help, override_values, read_yaml
+from bankwise.config.stage import Stage
 
 
 def recipe_help() -> str:

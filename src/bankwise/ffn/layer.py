@@ -67,6 +67,12 @@ class SparseSwiGLU(nn.Module):
     unit_gate: ClassVar[Callable[..., Tensor]] = SteUnitGate.apply
     """`SteUnitGate`, or a function of the same arguments and gradients set by `bankwise.kernels`."""
 
+    scheduled_active: int | None = None
+    """Active channels per bank in training while a schedule is under way; None: `active_per_bank`."""
+
+    leak: float = 0.0
+    """Share of a dropped channel that still passes in training (`k_schedule: leak`)."""
+
     packed: Any = None
     """The same weights in a kernel's layout. The dense parameters are views of it, so it is never out of date."""
 
@@ -164,9 +170,12 @@ class SparseSwiGLU(nn.Module):
         else:
             center_F = self.center.to(h_TF.dtype)
             moved_TF = h_TF - center_F
+        active = self.active_per_bank
+        if self.training and self.scheduled_active is not None:
+            active = self.scheduled_active
         if settings.gate_mode == "ste_unit" and settings.h_grad == "masked":
             gated_TF = SparseSwiGLU.unit_gate(
-                moved_TF, logits_TF, self.bank_size, self.active_per_bank, settings.ste_alpha, settings.ste_tau
+                moved_TF, logits_TF, self.bank_size, active, settings.ste_alpha, settings.ste_tau
             )
         else:
             gated_TF = gate_activation(
@@ -174,7 +183,7 @@ class SparseSwiGLU(nn.Module):
                 logits_TF,
                 gate_mode=settings.gate_mode,
                 bank_size=self.bank_size,
-                active_per_bank=self.active_per_bank,
+                active_per_bank=active,
                 gate_norm=settings.gate_norm,
                 ste_alpha=settings.ste_alpha,
                 ste_tau=settings.ste_tau,
@@ -182,6 +191,8 @@ class SparseSwiGLU(nn.Module):
                 gate_weight_F=getattr(self, "gate_weight", None),
                 default_F=getattr(self, "activation_mean", None),
             )
+        if self.training and self.leak:
+            gated_TF = torch.lerp(gated_TF, moved_TF, self.leak)
         return gated_TF if center_F is None else gated_TF + center_F
 
     @torch.no_grad()

@@ -1,5 +1,15 @@
-"""Training stages: the `Trainer` subclass, its losses, parameter groups and record."""
+"""Training stages: the `Trainer` subclass, its losses, parameter groups, schedules and record."""
 
-from bankwise.training.trainer import TokenWindows, UpcyclingTrainer, parameter_groups, select_trained
+from bankwise.training.optimizer import parameter_groups, select_trained
+from bankwise.training.stages import train_stages, trained_tokens
+from bankwise.training.trainer import COMPANION, TokenWindows, UpcyclingTrainer
 
-__all__ = ["TokenWindows", "UpcyclingTrainer", "parameter_groups", "select_trained"]
+__all__ = [
+    "COMPANION",
+    "TokenWindows",
+    "UpcyclingTrainer",
+    "parameter_groups",
+    "select_trained",
+    "train_stages",
+    "trained_tokens",
+]

@@ -5,11 +5,12 @@ Everything else (accumulation, mixed precision, checkpoints, resume, processes) 
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,6 +20,12 @@ from bankwise.config import Stage
 from bankwise.errors import ConfigError, RoutingError, TrainingError
 from bankwise.ffn import RoutingRecord, record_routing, sparse_layers
 from bankwise.ffn.precision import bf16_router_products
+from bankwise.training.optimizer import parameter_groups, select_trained
+from bankwise.training.progress import PrintProgress
+from bankwise.training.schedules import ChannelSchedule, aux_weight, scheduler_arguments
+
+COMPANION = "companion"
+"""Name of the training whose model is the dense companion."""
 
 
 class TokenWindows(Dataset):
@@ -44,61 +51,71 @@ class UpcyclingTrainer(Trainer):
         self,
         model: PreTrainedModel,
         stage: Stage,
-        windows: Tensor,
+        rows: Dataset,
         output: Path,
         *,
         name: str = "sparse",
+        collate: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]] | None = None,
         teacher: PreTrainedModel | None = None,
         seed: int = 0,
         metrics_file: Path | None = None,
+        tokens_before: int = 0,
+        save_at_end: bool = False,
+        arguments: dict[str, Any] | None = None,
         quiet: bool = False,
     ) -> None:
-        if stage.kd_weight and teacher is None and name != "companion":
+        if stage.kd_weight and teacher is None and name != COMPANION:
             raise ConfigError(f"kd_weight={stage.kd_weight} needs a teacher; pass the dense model as teacher=")
-        select_trained(model, stage.trains)
+        select_trained(model, stage)
         if stage.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.stage = stage
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.name = name
+        self.is_sparse = bool(sparse_layers(model))
         self.metrics_file = metrics_file
+        self.tokens_before = tokens_before
         self.parts: list[dict[str, float]] = []
         self.routing: dict[str, list[float]] = {}
         self.record: RoutingRecord | None = None
-        arguments = TrainingArguments(
-            output_dir=str(output),
-            per_device_train_batch_size=stage.micro_batch,
-            gradient_accumulation_steps=stage.accumulation,
-            max_steps=stage.steps,
-            learning_rate=stage.lr,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": stage.min_lr_ratio},
-            warmup_steps=round(stage.warmup * stage.steps),
-            max_grad_norm=stage.max_grad_norm,
-            bf16=stage.bf16,
-            save_strategy="steps" if stage.save_steps else "no",
-            save_steps=stage.save_steps or 500,
-            logging_steps=stage.log_steps,
-            logging_nan_inf_filter=False,
-            report_to=[],
-            seed=seed,
-            use_cpu=not torch.cuda.is_available(),
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
-        self.windows = TokenWindows(windows)
-        super().__init__(model=model, args=arguments, train_dataset=self.windows)
-        # The loss is a mean over each pass's own tokens; the Trainer divides by the number of accumulated passes.
-        self.model_accepts_loss_kwargs = False
+        own: dict[str, Any] = {
+            "output_dir": str(output),
+            "per_device_train_batch_size": stage.micro_batch,
+            "gradient_accumulation_steps": stage.accumulation(PartialState().num_processes),
+            "max_steps": stage.steps,
+            "learning_rate": stage.lr,
+            "max_grad_norm": stage.max_grad_norm,
+            "bf16": stage.bf16,
+            "save_strategy": "steps" if stage.save_steps or save_at_end else "no",
+            "save_steps": stage.save_steps or stage.steps,
+            "logging_steps": stage.log_steps,
+            "logging_nan_inf_filter": False,
+            "seed": seed,
+            "use_cpu": not torch.cuda.is_available(),
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+        } | scheduler_arguments(stage)
+        refused = sorted(own.keys() & (arguments or {}).keys())
+        if refused:
+            raise ConfigError(f"trainer sets {', '.join(refused)}, which the recipe and its stages set; remove it")
+        try:
+            training_arguments = TrainingArguments(**own, **{"report_to": []} | (arguments or {}))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"trainer={arguments} is not accepted by TrainingArguments: {error}") from error
+        self.rows: Sized = rows  # type: ignore[assignment]  # map-style: Dataset has no __len__ in its type
+        super().__init__(model=model, args=training_arguments, train_dataset=rows, data_collator=collate)
+        # Every loss is a sum over a step's target tokens, of all passes and processes, divided by their number.
+        self.model_accepts_loss_kwargs = True
+        self.add_callback(ChannelSchedule(stage, model))
         self.remove_callback(PrinterCallback)
         self.add_callback(_LogAtCheckpoints(stage))
         if not quiet:
-            self.add_callback(_PrintProgress(name))
+            self.add_callback(PrintProgress(name if not stage.name else f"{name} {stage.name}"))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         # The data module has shuffled already; a fixed order is what the companion and a resumed run share.
-        return SequentialSampler(self.windows)
+        return SequentialSampler(self.rows)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with three groups: matrices (with decay), vectors, and predictors at their own learning rate."""
@@ -116,9 +133,9 @@ class UpcyclingTrainer(Trainer):
         there, and must save what they saved before.
         """
         self.record = None
-        is_sparse, with_loss = self.name != "companion", self.stage.aux_weight > 0
+        with_loss = aux_weight(self.stage, self.state.global_step) > 0
         is_logged = _is_logged(self.stage, self.state.global_step + 1)
-        if not is_sparse or not (with_loss or is_logged):
+        if not self.is_sparse or not (with_loss or is_logged):
             return super().training_step(model, inputs, num_items_in_batch)
         with record_routing(
             model,
@@ -133,23 +150,25 @@ class UpcyclingTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        stage, is_sparse = self.stage, self.name != "companion"
+        stage = self.stage
         distill: dict[str, Any] = {}
-        if self.teacher is not None and stage.kd_weight and is_sparse:
+        if self.teacher is not None and stage.kd_weight:
+            read = {name: value for name, value in inputs.items() if name != "labels"}
             with torch.no_grad(), self.compute_loss_context_manager():
-                hidden = self.teacher.model(inputs["input_ids"], use_cache=False).last_hidden_state
+                hidden = self.teacher.model(**read, use_cache=False).last_hidden_state
             distill = {
                 "teacher_hidden": hidden, "teacher_head": self.teacher.lm_head.weight, "kd_weight": stage.kd_weight
             }  # fmt: skip
         try:
-            outputs = self._forward(model, inputs, distill)
+            outputs = self._forward(model, inputs, num_items_in_batch, distill)
         except RoutingError as error:
             raise TrainingError(f"{self._where()}: {error}. {self._last_good()}") from error
         ce, kd = self.accelerator.unwrap_model(model).last_loss_parts
-        loss, aux, record = outputs.loss, None, self.record
+        # Processes average their gradients, while the loss is divided by the tokens of all of them.
+        loss, aux, record = outputs.loss * self.args.world_size, None, self.record
         if record is not None and record.losses:
             aux = torch.stack(record.losses).mean()
-            loss = loss + stage.aux_weight * aux
+            loss = loss + aux_weight(stage, self.state.global_step) * aux / self.args.gradient_accumulation_steps
         if not loss.isfinite():
             raise TrainingError(f"{self._where()}: the loss is {loss.item()}. {self._last_good()}")
         self.parts.append({"ce": ce.item(), "kd": kd.item(), **({} if aux is None else {"aux": aux.item()})})
@@ -159,11 +178,12 @@ class UpcyclingTrainer(Trainer):
             }  # fmt: skip
         return (loss, outputs) if return_outputs else loss
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Tensor], distill: dict[str, Any]) -> Any:
+    def _forward(self, model: nn.Module, inputs: dict[str, Tensor], items: Any, distill: dict[str, Any]) -> Any:
         # The companion has no teacher, so a stage of distillation alone trains it by cross entropy.
-        ce_weight = self.stage.ce_weight if self.name != "companion" else self.stage.ce_weight or 1.0
+        ce_weight = self.stage.ce_weight if self.name != COMPANION else self.stage.ce_weight or 1.0
+        settings = {"ce_weight": ce_weight, "loss_chunk": self.stage.loss_chunk, "num_items_in_batch": items}
         with self.compute_loss_context_manager():
-            return model(**inputs, ce_weight=ce_weight, loss_chunk=self.stage.loss_chunk, use_cache=False, **distill)
+            return model(**inputs, **settings, use_cache=False, **distill)
 
     def _where(self) -> str:
         return (
@@ -185,15 +205,15 @@ class UpcyclingTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in the Trainer; training lines also go to metrics.jsonl with the parts of the loss and the routing."""
         if "loss" in logs and self.parts:
-            means = {key: _mean([part[key] for part in self.parts if key in part]) for key in ("ce", "kd", "aux")}
-            self.parts = []
+            means = self._loss_parts()
             logs |= {key: value for key, value in means.items() if value is not None}
             if self.metrics_file is not None and self.is_world_process_zero():
                 step = self.state.global_step
                 row = {
                     "model": self.name,
+                    "stage": self.stage.name,
                     "step": step,
-                    "tokens": step * int(self.stage.batch_tokens) * self.args.world_size,
+                    "tokens": self.tokens_before + step * int(self.stage.batch_tokens),
                     "loss": logs["loss"],
                     **means,
                     "grad_norm": logs.get("grad_norm"),
@@ -206,6 +226,23 @@ class UpcyclingTrainer(Trainer):
                     file.write(json.dumps(row) + "\n")
         super().log(logs, start_time)
 
+    def _loss_parts(self) -> dict[str, float | None]:
+        """Means since the last line, over steps and processes: nats per token, and the mean auxiliary loss."""
+        passes = self.args.gradient_accumulation_steps
+        # A pass holds its share of the step's tokens, so the language-model parts of a step's passes add up.
+        sums = [[part[key] for part in self.parts if key in part] for key in ("ce", "kd", "aux")]
+        scales = (passes * self.args.world_size, passes * self.args.world_size, 1)
+        self.parts = []
+        local = [_mean(values) for values in sums]
+        reduced = [
+            None if value is None else self.accelerator.reduce(torch.tensor(value, device=self.args.device), "mean")
+            for value in local
+        ]
+        return {
+            key: None if value is None else value.item() * scale
+            for key, value, scale in zip(("ce", "kd", "aux"), reduced, scales, strict=True)
+        }
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in the Trainer, with the router's float32 products at bfloat16 input precision where autocast is on."""
         self.started = time.time()
@@ -213,30 +250,6 @@ class UpcyclingTrainer(Trainer):
             return super().train(*args, **kwargs)
         with bf16_router_products():
             return super().train(*args, **kwargs)
-
-
-def select_trained(model: nn.Module, trains: str) -> None:
-    """Freeze everything that the stage does not train. A dense model has no predictor to train alone."""
-    if trains == "predictor" and not sparse_layers(model):
-        raise ConfigError("trains='predictor' was asked of a dense model; use trains='all'")
-    for name, parameter in model.named_parameters():
-        is_ffn, is_predictor = ".mlp." in name, ".mlp.predictor." in name
-        parameter.requires_grad_(trains == "all" or (trains == "ffn" and is_ffn) or is_predictor)
-
-
-def parameter_groups(model: nn.Module, stage: Stage) -> Iterator[dict[str, Any]]:
-    """AdamW groups: matrices of the model, its vectors, and the predictors."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    predictor = [parameter for name, parameter in trained if ".mlp.predictor." in name]
-    matrices = [p for name, p in trained if ".mlp.predictor." not in name and p.ndim >= 2]
-    vectors = [p for name, p in trained if ".mlp.predictor." not in name and p.ndim < 2]
-    for parameters, lr, decay in (
-        (matrices, stage.lr, stage.weight_decay),
-        (vectors, stage.lr, 0.0),
-        (predictor, stage.predictor_lr, 0.0),
-    ):
-        if parameters:
-            yield {"params": parameters, "lr": lr, "weight_decay": decay}
 
 
 def _is_logged(stage: Stage, step: int) -> bool:
@@ -255,37 +268,6 @@ class _LogAtCheckpoints(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if _is_logged(self.stage, state.global_step):
             control.should_log = True
-
-
-class _PrintProgress(TrainerCallback):
-    """One plain line per log step: step, losses, rate, time left."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.start, self.first_step = time.time(), state.global_step
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
-            return
-        per_step = (time.time() - self.start) / max(1, state.global_step - self.first_step)
-        parts = "  ".join(f"{key} {logs[key]:.3f}" for key in ("ce", "kd", "aux") if key in logs)
-        left = per_step * (state.max_steps - state.global_step)
-        print(
-            f"{self.name}  step {state.global_step}/{state.max_steps}  {parts}  {per_step:.2f} s/step  "
-            f"{left / 60:.1f} min left",
-            flush=True,
-        )
 
 
 def _mean(values: list[float]) -> float | None:

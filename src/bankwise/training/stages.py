@@ -1,0 +1,91 @@
+"""All stages of a training, one after the other, resumable at the stage and step where it stopped."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
+
+from bankwise.config import Stage
+from bankwise.ffn import sparse_layers
+from bankwise.training.rope import change_rope
+from bankwise.training.trainer import UpcyclingTrainer
+
+
+def stages_of(model: PreTrainedModel, stages: Sequence[Stage]) -> Iterator[tuple[int, Stage]]:
+    """Number and stage of the stages that train something of `model`: a dense one has no predictor to train alone."""
+    is_sparse = bool(sparse_layers(model))
+    return ((number, stage) for number, stage in enumerate(stages) if is_sparse or stage.trains != "predictor")
+
+
+def trained_tokens(model: PreTrainedModel, stages: Sequence[Stage]) -> int:
+    """Tokens that `model` has read after all its stages: whole optimiser steps."""
+    return sum(stage.steps * int(stage.batch_tokens) for _, stage in stages_of(model, stages))
+
+
+def train_stages(
+    model: PreTrainedModel,
+    stages: Sequence[Stage],
+    rows: Callable[[int], Dataset],
+    work: Path,
+    *,
+    teacher: PreTrainedModel | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> int:
+    """Train `model` in place on each of its stages; returns the tokens it has read.
+
+    `rows(i)` are the training rows of stage i, and `settings` go to `UpcyclingTrainer`. Checkpoints go to
+    `work/stage-i`; with `resume` the training goes on from the last one.
+    """
+    own = list(stages_of(model, stages))
+    first, last = _last_checkpoint(own, work) if resume else (0, None)
+    tokens = 0
+    for position, (number, stage) in enumerate(own):
+        change_rope(model, stage.rope, stage.seq_len)
+        is_done = position < first or (position == first and last is not None and _step(last) == stage.steps)
+        if is_done and position == first:
+            assert last is not None
+            finished = AutoModelForCausalLM.from_pretrained(last, dtype=model.dtype)
+            model.load_state_dict(finished.state_dict())
+        if not is_done:
+            trainer = UpcyclingTrainer(
+                model,
+                stage,
+                rows(number),
+                work / f"stage-{number}",
+                teacher=teacher if stage.kd_weight else None,
+                tokens_before=tokens,
+                save_at_end=position + 1 < len(own),
+                **settings,
+            )
+            trainer.train(resume_from_checkpoint=str(last) if position == first and last is not None else None)
+            model.zero_grad(set_to_none=True)
+        tokens += stage.steps * int(stage.batch_tokens)
+    return tokens
+
+
+def remove_empty(work: Path) -> None:
+    """Remove the folders of a training that left no checkpoints."""
+    for folder in sorted(work.rglob("*"), reverse=True):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    if work.is_dir() and not any(work.iterdir()):
+        shutil.rmtree(work)
+
+
+def _last_checkpoint(own: list[tuple[int, Stage]], work: Path) -> tuple[int, Path | None]:
+    """Position of the stage that goes on, and its checkpoint."""
+    for position in reversed(range(len(own))):
+        folder = work / f"stage-{own[position][0]}"
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if last is not None:
+            return position, Path(last)
+    return 0, None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
