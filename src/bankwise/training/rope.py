@@ -51,4 +51,4 @@ def change_rope(model: PreTrainedModel, change: RopeChange, seq_len: int) -> Non
         setattr(model.config, name, value)
     base: nn.Module = model.base_model
     rotary: Any = base.rotary_emb
-    base.rotary_emb = type(rotary)(config=model.config, device=rotary.inv_freq.device)
+    base.rotary_emb = type(rotary)(config=model.config).to(rotary.inv_freq.device)
