@@ -12,7 +12,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 import bankwise
-from bankwise.config import PRESETS, dump_recipe, load_plan, load_recipe
+from bankwise.config import PRESETS, Recipe, dump_recipe, load_plan, load_recipe
 from bankwise.config.plan_file import plan_help
 from bankwise.config.recipe_file import recipe_help
 from bankwise.errors import BankwiseError, ConfigError
@@ -76,6 +76,7 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="continue the run in the recipe's output folder")
     sub.add_argument("--overwrite", action="store_true", help="delete an earlier run in the output folder first")
     sub.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
+    _add_dry_run(sub)
     sub.add_argument("--quiet", action="store_true", help="print the final table only")
 
     sub = command("upcycle", _upcycle, "convert a dense model into a sparse one, without training", fields=recipe_help)
@@ -91,6 +92,7 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     sub.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
     sub.add_argument("--overwrite", action="store_true", help="delete an earlier run in the output folder first")
+    _add_dry_run(sub)
     sub.add_argument("--quiet", action="store_true", help="no progress lines")
 
     sub = command("eval", _eval, "measure a model, or all models of a run beside each other", fields=plan_help)
@@ -157,11 +159,56 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_dry_run(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print parameters, stages, memory per device, FLOPs and what would be written, and stop; loads no weights",
+    )
+    sub.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="with --dry-run: devices that share a step (%(default)s)"
+    )
+    sub.add_argument(
+        "--device-tflops",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="with --dry-run: TFLOPS that one device really reaches, for the time; an H100 in bfloat16: 200 to 450",
+    )
+    sub.add_argument("--json", action="store_true", help="with --dry-run: print JSON instead of tables")
+
+
+def _dry_run(options: argparse.Namespace, recipe: Recipe, checkpoint: Path | None = None) -> int:
+    from bankwise.dry_run import plan_run
+    from bankwise.report.dry_run import dry_run_text, dry_run_values
+
+    budget = plan_run(
+        recipe,
+        checkpoint=checkpoint,
+        processes=options.processes,
+        device_tflops=options.device_tflops,
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    print(json.dumps(dry_run_values(budget), indent=2) if options.json else dry_run_text(budget))
+    return 0
+
+
+def _check_dry_run(options: argparse.Namespace) -> None:
+    if options.processes != 1 or options.device_tflops or options.json:
+        raise ConfigError(
+            "--processes, --device-tflops and --json go with --dry-run; a run takes its processes from its launcher"
+        )
+
+
 def _run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     if options.print_config:
         print(dump_recipe(recipe), end="")
         return 0
+    if options.dry_run:
+        return _dry_run(options, recipe)
+    _check_dry_run(options)
     from bankwise.pipeline import run
     from bankwise.report import summary_table
 
@@ -208,9 +255,12 @@ def _upcycle(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.dry_run:
+        return _dry_run(options, recipe, options.checkpoint)
+    _check_dry_run(options)
     from bankwise.pipeline import train
 
-    recipe = load_recipe(options.recipe, options.overrides)
     folder = train(recipe, options.checkpoint, resume=options.resume, overwrite=options.overwrite, quiet=options.quiet)
     print(f"checkpoint  {folder / 'checkpoint'}")
     return 0

@@ -82,12 +82,7 @@ def run(
             raise ConfigError("overrides go with a recipe file or dict; set the fields of the Recipe object instead")
     else:
         recipe = load_recipe(recipe, overrides)
-    has_dense = recipe.companion or "dense_narrow" in recipe.controls
-    if has_dense and recipe.stages and all(stage.trains == "predictor" for stage in recipe.stages):
-        raise ConfigError(
-            "trains='predictor' in every stage leaves a dense model nothing to train; set companion: false and take "
-            "dense_narrow out of controls"
-        )
+    check_run(recipe)
     folder = Path(recipe.output)
     plan = load_plan(recipe.eval.preset, plan_values(recipe)) if recipe.eval.preset else None
     if plan is not None:
@@ -172,10 +167,7 @@ def train(
 
     The recipe's model is loaded only as a teacher (`kd_weight` > 0 and `teacher: dense`).
     """
-    if not recipe.stages:
-        raise ConfigError("the recipe has no stages, so there is nothing to train")
-    if any(stage.kd_weight and stage.teacher == "companion" for stage in recipe.stages):
-        raise ConfigError("teacher='companion' needs a companion: use `bankwise run`, or teacher='dense'")
+    check_train(recipe)
     folder = Path(recipe.output)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite, inputs=[checkpoint])
     keep_freed_memory()
@@ -188,6 +180,24 @@ def train(
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     train_model(recipe, model, data, folder, "sparse", tokenizer, teacher=teacher, resume=resume, quiet=quiet)
     return folder
+
+
+def check_run(recipe: Recipe) -> None:
+    """Refuse a recipe that `run` could not go through with, whatever the model."""
+    has_dense = recipe.companion or "dense_narrow" in recipe.controls
+    if has_dense and recipe.stages and all(stage.trains == "predictor" for stage in recipe.stages):
+        raise ConfigError(
+            "trains='predictor' in every stage leaves a dense model nothing to train; set companion: false and take "
+            "dense_narrow out of controls"
+        )
+
+
+def check_train(recipe: Recipe) -> None:
+    """Refuse a recipe that `train` could not go through with, whatever the checkpoint."""
+    if not recipe.stages:
+        raise ConfigError("the recipe has no stages, so there is nothing to train")
+    if any(stage.kd_weight and stage.teacher == "companion" for stage in recipe.stages):
+        raise ConfigError("teacher='companion' needs a companion: use `bankwise run`, or teacher='dense'")
 
 
 def check_folder(

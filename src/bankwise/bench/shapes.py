@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from bankwise.config import SparsityConfig
 from bankwise.errors import ConfigError
+from bankwise.models.public import public_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +28,25 @@ class Shape:
     tied: bool = True
 
 
+def _shape(name: str, rank: int, vocab: int = 32768) -> Shape:
+    config = public_config(name)
+    return Shape(
+        family=config.model_type,
+        hidden=config.hidden_size,
+        ffn=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        rank=rank,
+        vocab=vocab,
+        tied=config.tie_word_embeddings,
+    )
+
+
 SHAPES = {
-    "qwen2.5-7b": Shape(family="qwen2", hidden=3584, ffn=18944, layers=28, heads=28, kv_heads=4, rank=512, tied=False),
-    "qwen2.5-1.5b": Shape(family="qwen2", hidden=1536, ffn=8960, layers=28, heads=12, kv_heads=2, rank=256),
-    "smollm2-135m": Shape(family="llama", hidden=576, ffn=1536, layers=30, heads=9, kv_heads=3, rank=128, vocab=49152),
+    "qwen2.5-7b": _shape("Qwen/Qwen2.5-7B", rank=512),
+    "qwen2.5-1.5b": _shape("Qwen/Qwen2.5-1.5B", rank=256),
+    "smollm2-135m": _shape("HuggingFaceTB/SmolLM2-135M", rank=128, vocab=49152),
 }
 
 

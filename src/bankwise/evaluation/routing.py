@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from bankwise.data.positions import POSITION_BUCKETS
 from bankwise.errors import ConfigError
-from bankwise.evaluation.cost import token_cost
 from bankwise.ffn import SparseSwiGLU, bank_topk_mask, channel_energy, channel_recall, retained_energy, sparse_layers
+from bankwise.models.cost import token_cost
 
 _CHUNK = 1024  # tokens whose energies exist at one time; divides every border of the position buckets
 _UNIONS = (2, 4, 8, 16, 32)  # each the double of the one before

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from bankwise.config import SparsityConfig
 from bankwise.models import modeling
 from bankwise.models.modeling import (
     BankwiseLlamaConfig,
@@ -32,6 +33,15 @@ AutoModel.register(BankwiseMistralConfig, modeling.BankwiseMistralModel)
 AutoModel.register(BankwiseQwen2Config, modeling.BankwiseQwen2Model)
 AutoModel.register(BankwiseQwen3Config, modeling.BankwiseQwen3Model)
 
+_OF_THE_DENSE_CLASS = ("model_type", "architectures", "transformers_version", "auto_map")
+
+
+def sparse_config(dense: Any, sparsity: SparsityConfig) -> Any:
+    """Config of the sparse twin of a dense model's config."""
+    values = {name: value for name, value in dense.to_dict().items() if name not in _OF_THE_DENSE_CLASS}
+    return SPARSE_FAMILIES[dense.model_type][0](**values, sparsity=sparsity.to_dict())
+
+
 __all__ = [
     "SPARSE_FAMILIES",
     "BankwiseLlamaConfig",
@@ -42,4 +52,5 @@ __all__ = [
     "BankwiseQwen2ForCausalLM",
     "BankwiseQwen3Config",
     "BankwiseQwen3ForCausalLM",
+    "sparse_config",
 ]

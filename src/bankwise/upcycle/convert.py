@@ -23,7 +23,7 @@ from bankwise.data.sources import Document
 from bankwise.errors import ConfigError, DataError, ModelLoadError
 from bankwise.ffn import SparseSwiGLU
 from bankwise.ffn.precision import bf16_router_products
-from bankwise.models import SPARSE_FAMILIES
+from bankwise.models import SPARSE_FAMILIES, sparse_config
 from bankwise.models.lm_loss import chunked_lm_loss
 from bankwise.upcycle.fit import fit_layer, start_from_weights
 from bankwise.upcycle.loading import load_dense
@@ -132,11 +132,8 @@ def check_convertible(dense: PreTrainedModel, sparsity: SparsityConfig) -> None:
 def sparse_twin(dense: PreTrainedModel, sparsity: SparsityConfig) -> PreTrainedModel:
     """Model of the sparse class with a copy of the dense weights and predictors at a random start."""
     check_convertible(dense, sparsity)
-    config_class, model_class = SPARSE_FAMILIES[dense.config.model_type]
-    values = dense.config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "auto_map"):
-        values.pop(key, None)
-    config = config_class(**values, sparsity=sparsity.to_dict())
+    model_class = SPARSE_FAMILIES[dense.config.model_type][1]
+    config = sparse_config(dense.config, sparsity)
     weights = {name: value.detach().clone() for name, value in dense.state_dict().items()}
     transformers_log = logging.getLogger("transformers.modeling_utils")
     transformers_log.addFilter(_drop_record)  # it would list every predictor tensor as missing

@@ -39,6 +39,7 @@ from transformers.utils import logging as transformers_logging
 from bankwise.cache import cache_folder
 from bankwise.errors import ConfigError, ModelLoadError
 from bankwise.models.checkpoint import is_sparse_checkpoint, load_checkpoint
+from bankwise.models.public import PUBLIC_MODELS, public_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -94,14 +95,67 @@ def describe_model(source: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     """Config and tokenizer of a model, sparse or dense, without reading its weights."""
     if is_sparse_checkpoint(Path(source)):
         folder = Path(source)
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ModelLoadError(f"{folder} cannot be read: {_one_line(error)}") from error
+        config = _config_of(folder)
     else:
         folder = _locate(source, torch.float32).folder
         config = _checked_config(folder)
     return config, _load_tokenizer(folder, config)
+
+
+class ModelShape(NamedTuple):
+    """What is known of a model without its weights."""
+
+    config: Any
+    origin: str
+    """Where the config is from, for the reader."""
+
+
+def load_shape(source: str | Path) -> ModelShape:
+    """Config of a model, sparse or dense, as `load_dense` takes it; no weights and no tokenizer are read.
+
+    Of a hub model only the config is fetched; where the hub cannot be reached and the cache is empty, the built-in
+    table of public models answers. Of a GGUF file only the header is read.
+    """
+    path = Path(source).expanduser()
+    if is_sparse_checkpoint(path):
+        return ModelShape(_config_of(path), str(path / "config.json"))
+    if str(source).startswith("package:"):
+        return _gguf_shape(_packaged_gguf(str(source)))
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return _gguf_shape(path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        return _gguf_shape(_only_gguf_in(path))
+    if not path.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
+        return _hub_shape(source)
+    folder = _locate(source, torch.float32).folder
+    return ModelShape(_checked_config(folder), str(folder / "config.json"))
+
+
+def _config_of(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelLoadError(f"{folder} cannot be read: {_one_line(error)}") from error
+
+
+def _gguf_shape(path: Path) -> ModelShape:
+    _need_gguf(path)
+    _check_gguf(path)
+    with _quiet_loading():
+        return ModelShape(AutoConfig.from_pretrained(path.parent, gguf_file=path.name), f"header of {path.name}")
+
+
+def _hub_shape(repo: str) -> ModelShape:
+    cached = isinstance(try_to_load_from_cache(repo, "config.json"), str)
+    reason = _why_hub_is_unreachable()
+    if reason and not cached:
+        if repo in PUBLIC_MODELS:
+            return ModelShape(public_config(repo), f"built-in table of public shapes ({reason})")
+        raise ModelLoadError(
+            f"{repo} is neither a local folder nor in the local hub cache, and {reason}; give a local directory. "
+            f"Built in are the shapes of {', '.join(PUBLIC_MODELS)}"
+        )
+    return ModelShape(_checked_config(_download_config(repo, offline=bool(reason))), f"config.json of {repo}")
 
 
 class _Place(NamedTuple):
@@ -279,10 +333,18 @@ def _download(repo: str) -> Path:
         raise ModelLoadError(
             f"{repo} is neither a local folder nor in the local hub cache, and {reason}; give a local directory"
         )
+    if not cached or not reason:  # the config first: an unsupported model must not cost a download
+        _checked_config(_download_config(repo, offline=False))
+    return _fetch(repo, _HUB_FILES, offline=bool(reason))
+
+
+def _download_config(repo: str, *, offline: bool) -> Path:
+    return _fetch(repo, ["config.json", "adapter_config.json"], offline=offline)
+
+
+def _fetch(repo: str, patterns: list[str], *, offline: bool) -> Path:
     try:
-        if not cached or not reason:  # the config first: an unsupported model must not cost a download
-            _checked_config(Path(snapshot_download(repo, allow_patterns=["config.json", "adapter_config.json"])))
-        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES, local_files_only=bool(reason)))
+        return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=offline))
     except GatedRepoError as error:
         raise ModelLoadError(
             f"{repo} is gated: accept its terms on the hub, log in with `hf auth login`, or give a local directory"
@@ -306,9 +368,13 @@ def _why_hub_is_unreachable() -> str:
     return ""
 
 
-def _converted_gguf(path: Path, dtype: torch.dtype) -> _Place:
+def _need_gguf(path: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ModelLoadError(f'reading {path} needs the package gguf: pip install "bankwise[gguf]"')
+
+
+def _converted_gguf(path: Path, dtype: torch.dtype) -> _Place:
+    _need_gguf(path)
     digest = _sha256(path)
     converted = cache_folder("gguf") / f"{digest}-{DTYPES[dtype]}"
     if not converted.is_dir():

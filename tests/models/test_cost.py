@@ -6,8 +6,8 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 import bankwise
 from bankwise import SparsityConfig
-from bankwise.evaluation.cost import token_cost
 from bankwise.models import BankwiseLlamaConfig
+from bankwise.models.cost import token_cost
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 RANK, WIDTH, CHANNELS, LAYERS = 16, 64, 256, 3
