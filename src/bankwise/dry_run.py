@@ -31,6 +31,8 @@ from bankwise.upcycle.loading import load_shape
 from bankwise.upcycle.narrow import kept_channels
 
 _FLOAT32 = 4
+_WITH_ROUTER = ("sparse", "detached", "post_hoc")
+"""Models whose predictors learn. The other controls count as the sparse model where they have its shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,9 @@ class RunBudget:
     stages: list[StageBudget]
     disk: dict[str, int]
     """Bytes by what is kept at the end, in the run's folder."""
+    host_bytes: int
+    """Weights that each process holds in the machine's memory: the dense model, the one that is trained, and with
+    several processes a copy of it, which FSDP2 takes apart."""
     writes: list[str]
     device_flops: float
     """FLOPs that one device does in a second; 0: not stated."""
@@ -140,6 +145,7 @@ def plan_run(
         processes=processes,
         stages=stages,
         disk=_disk(recipe, models, stages, with_untrained=checkpoint is None),
+        host_bytes=_FLOAT32 * (dense_parameters + (1 if processes == 1 else 2) * parameter_count(models["sparse"])),
         writes=_writes(recipe, models, with_report=checkpoint is None),
         device_flops=device_tflops * 1e12,
     )
@@ -189,10 +195,9 @@ def _stage_budget(
     step_flops = {}
     for name, config in students.items():
         own = replace(stage, trains="predictor", aux_weight=stage.aux_weight or 1.0) if name == "post_hoc" else stage
-        if sparsity_of(config) is not None:
-            step_flops[name] = tokens * (token_flops(config, own).total + teacher)
-        elif stage.trains != "predictor":  # a dense model has no predictor to train alone
-            step_flops[name] = tokens * (token_flops(config, stage).total + (0 if name == "companion" else teacher))
+        if own.trains == "predictor" and name not in _WITH_ROUTER:
+            continue  # it has no predictor to train alone
+        step_flops[name] = tokens * (token_flops(config, own).total + (0 if name == "companion" else teacher))
     shardings: Sequence[Sharding] = ("none",) if processes == 1 else ("ddp", "fsdp2")
     memory = {
         sharding: step_memory(

@@ -55,7 +55,8 @@ def _head(budget: RunBudget) -> str:
     kept = f"{active}" if isinstance(active, int) else f"{min(active)} to {max(active)}"
     dense, added = budget.dense_parameters, budget.predictor_parameters
     rows = {
-        "model": f"{budget.model} ({budget.origin})",
+        "model": budget.model,
+        "shape": budget.origin,
         "parameters": f"dense {_amount(dense)}, predictors {_amount(added)} ({added / dense:.1%} more)",
         "channels": f"{kept} of {sparsity.bank_size} active, gate {sparsity.gate_mode}, {sparsity.predictor_form}",
         "processes": f"{budget.processes}, one device each",
@@ -136,6 +137,10 @@ def _flops_table(budget: RunBudget) -> Table:
 def _disk(budget: RunBudget) -> str:
     lines = ["disk", *(f"  {_gigabytes(size):>8} GB  {name}" for name, size in budget.disk.items())]
     lines.append(f"  {_gigabytes(sum(budget.disk.values())):>8} GB  in all")
+    host = f"{_gigabytes(budget.host_bytes)} GB a process"
+    if budget.processes > 1:
+        host += f", {_gigabytes(budget.host_bytes * budget.processes)} GB for all {budget.processes}"
+    lines += ["", f"host memory  {host}, for models"]
     return "\n".join([*lines, "", "writes", *(f"  {place}" for place in budget.writes)])
 
 

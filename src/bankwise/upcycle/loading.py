@@ -140,9 +140,12 @@ def _config_of(folder: Path) -> Any:
 
 def _gguf_shape(path: Path) -> ModelShape:
     _need_gguf(path)
+    converted = _conversion_of(_sha256(path), torch.float32)
+    if converted.is_dir():  # reading its config takes no time, reading a header some seconds
+        return ModelShape(_checked_config(converted), str(converted / "config.json"))
     _check_gguf(path)
     with _quiet_loading():
-        return ModelShape(AutoConfig.from_pretrained(path.parent, gguf_file=path.name), f"header of {path.name}")
+        return ModelShape(AutoConfig.from_pretrained(path.parent, gguf_file=path.name), f"header of {path}")
 
 
 def _hub_shape(repo: str) -> ModelShape:
@@ -150,7 +153,7 @@ def _hub_shape(repo: str) -> ModelShape:
     reason = _why_hub_is_unreachable()
     if reason and not cached:
         if repo in PUBLIC_MODELS:
-            return ModelShape(public_config(repo), f"built-in table of public shapes ({reason})")
+            return ModelShape(public_config(repo), f"built-in table of public shapes, since {reason}")
         raise ModelLoadError(
             f"{repo} is neither a local folder nor in the local hub cache, and {reason}; give a local directory. "
             f"Built in are the shapes of {', '.join(PUBLIC_MODELS)}"
@@ -376,10 +379,15 @@ def _need_gguf(path: Path) -> None:
 def _converted_gguf(path: Path, dtype: torch.dtype) -> _Place:
     _need_gguf(path)
     digest = _sha256(path)
-    converted = cache_folder("gguf") / f"{digest}-{DTYPES[dtype]}"
+    converted = _conversion_of(digest, dtype)
     if not converted.is_dir():
         _convert_gguf(path, converted, dtype)
     return _Place(converted, path.stem, path, digest)
+
+
+def _conversion_of(digest: str, dtype: torch.dtype) -> Path:
+    """Where the de-quantised model of a GGUF file lies, once it has been converted."""
+    return cache_folder("gguf") / f"{digest}-{DTYPES[dtype]}"
 
 
 def _convert_gguf(path: Path, target: Path, dtype: torch.dtype) -> None:
