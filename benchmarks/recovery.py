@@ -1,6 +1,6 @@
 """How far training brings the sparse model to its dense companion: the gap in held-out nats against tokens.
 
-    python benchmarks/recovery.py [--folder runs/recovery] [--csv out.csv] [key=value ...]
+    python benchmarks/recovery.py [--folder runs/smollm2-135m-recovery] [--csv out.csv] [key=value ...]
 
 Runs recipes/smollm2-135m-recovery.yaml (or goes on with it, where FOLDER holds a part of it), then measures every
 checkpoint that companion and sparse model left at the same number of tokens, on the same windows: held-out messages,
@@ -34,7 +34,8 @@ OTHER_WINDOWS = 24
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe")
-    parser.add_argument("--folder", type=Path, default=Path("runs/recovery"), help="folder of the run (%(default)s)")
+    folder = Path("runs/smollm2-135m-recovery")
+    parser.add_argument("--folder", type=Path, default=folder, help="folder of the run (%(default)s)")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     recipe = load_recipe(RECIPE, [f"output={options.folder}", *options.overrides])

@@ -176,6 +176,30 @@ def test_generate_prints_the_prompt_and_its_continuation(which, capsys, request)
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_a_dry_run_prints_the_plan_and_writes_nothing(recipe, sparse, tmp_path, capsys):
+    assert main(["run", str(recipe), "--dry-run", "--processes", "2", "--device-tflops", "1"]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "parameters",
+        "tokens",
+        "GB per device, FSDP2",
+        "FLOPs",
+        "disk",
+        str(tmp_path / "run" / "checkpoint/"),
+    ):
+        assert words in out
+    assert main(["train", str(recipe), str(sparse), "--dry-run", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["stages"][0]["step_flops"].keys() == {"sparse"}
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_refuses_what_the_run_would(recipe, tmp_path, capfd):
+    assert "cannot be shared by 3 processes" in mistake(capfd, "run", recipe, "--dry-run", "--processes", "3")
+    assert "go with --dry-run" in mistake(capfd, "run", recipe, "--processes", "2")
+    assert not (tmp_path / "run").exists()
+
+
 def test_env_names_the_versions(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from bankwise.errors import BankwiseError, ConfigError, ModelLoadError
-from bankwise.upcycle.loading import LoadedDense, load_dense
+from bankwise.upcycle.loading import LoadedDense, load_dense, load_shape
 
 loading = sys.modules["bankwise.upcycle.loading"]  # `bankwise.upcycle` as an attribute is the function
 
@@ -320,6 +320,8 @@ def write_gguf(path: Path, model: PreTrainedModel, change: Callable | None = Non
     names |= {"model.layers": "blk", "model.embed_tokens": "token_embd", "model.norm": "output_norm"}
     names |= {"lm_head": "output"}
     for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         for long, short in names.items():
             name = name.replace(long, short)
         if architecture == "llama" and ("attn_q" in name or "attn_k" in name):  # llama.cpp interleaves the halves
@@ -345,6 +347,21 @@ def test_gguf_gives_the_model_it_was_written_from(cache: Path, tmp_path: Path) -
     assert [folder.name for folder in cache.iterdir()] == [f"{digest}-float32"]
     assert load_dense(path, dtype=torch.bfloat16).model.dtype == torch.bfloat16
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_shape_of_a_gguf_file_is_in_its_header(tied: bool, cache: Path, tmp_path: Path) -> None:
+    model = tiny_model("qwen2", tie_word_embeddings=tied)
+    header = load_shape(write_gguf(tmp_path / "tiny.gguf", model))
+    assert "header of" in header.origin
+    assert not cache.exists(), "nothing was converted"
+    load_dense(tmp_path / "tiny.gguf")
+    converted = load_shape(tmp_path)
+    assert str(cache) in converted.origin
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    for name in (*sizes, "model_type", "vocab_size", "tie_word_embeddings", "max_position_embeddings"):
+        for config in (header.config, converted.config):
+            assert getattr(config, name) == getattr(model.config, name), name
 
 
 def test_mistral_gguf_gives_the_same_function_as_a_llama(cache: Path, tmp_path: Path) -> None:
