@@ -15,7 +15,7 @@ from bankwise.config import dump_recipe, load_recipe
 from bankwise.dry_run import plan_run
 
 FOLDER = Path(__file__).parent.parent / "recipes"
-RECIPES = sorted(FOLDER.rglob("*.yaml"))
+RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 
 def test_recipes_are_shipped():

@@ -86,7 +86,7 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--recipe", type=Path, help="take sparsity, calibration and data from this recipe")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    sub = command("train", _train, "train a sparse checkpoint on a recipe's stage", fields=recipe_help)
+    sub = command("train", _train, "train a sparse checkpoint on a recipe's stages", fields=recipe_help)
     sub.add_argument("recipe", type=Path, help="YAML file; its model is the dense teacher")
     sub.add_argument("checkpoint", type=Path, help="sparse checkpoint to start from")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
