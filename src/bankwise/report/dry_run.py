@@ -16,7 +16,7 @@ _PARTS = {
     "weights": "weights (float32)",
     "gradients": "gradients",
     "optimizer": "AdamW states",
-    "buckets": "DDP buckets",
+    "buckets": "gradients in transit",
     "teacher": "teacher",
     "copies": "matrices as read",
     "activations": "activations",

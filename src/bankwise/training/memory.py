@@ -27,10 +27,10 @@ class Memory:
     optimizer: int
     """Two moments for each trained parameter."""
     buckets: int
-    """`ddp`: gradients on their way between processes."""
+    """Gradients on their way between processes: of the whole model (`ddp`), or of two layers (`fsdp2`)."""
     teacher: int
     copies: int
-    """Matrices as the products read them: of the whole model, or what is gathered at one time (`fsdp2`)."""
+    """Matrices as the products read them: of all layers, of one under checkpointing, of two gathered ones (`fsdp2`)."""
     activations: int
     """What is saved for the backward pass; under gradient checkpointing the layers' inputs and one whole layer."""
     temporaries: int
@@ -57,8 +57,8 @@ def step_memory(
 ) -> Memory:
     """Peak of one step of a sparse or dense model with so many parameters.
 
-    `fsdp2` shards weights, gradients and optimiser states over the processes and gathers two layers at a time beside
-    embedding and head; `ddp` replicates everything.
+    `fsdp2` shards weights, gradients and optimiser states over the processes and gathers two layers at a time, or the
+    head; `ddp` replicates everything.
     """
     shards = processes if sharding == "fsdp2" else 1
     layers, tokens = config.num_hidden_layers, stage.micro_batch * stage.seq_len
@@ -81,7 +81,7 @@ def step_memory(
         weights=_FLOAT32 * parameters // shards,
         gradients=_FLOAT32 * trained // shards,
         optimizer=2 * _FLOAT32 * trained // shards,
-        buckets=_FLOAT32 * trained if sharding == "ddp" else 0,
+        buckets={"none": 0, "ddp": _FLOAT32 * trained, "fsdp2": 2 * _FLOAT32 * trained // layers}[sharding],
         teacher=_FLOAT32 * teacher_parameters,
         copies=copies[peak],
         activations=held[peak] + 4 * inputs,
@@ -96,8 +96,7 @@ def _copied_bytes(config: Any, stage: Stage, sharding: Sharding, layers: int) ->
     sizes = matrix_sizes(config)
     layer = sizes.attention + sizes.gate_up + sizes.down
     if sharding == "fsdp2":
-        embeddings = sizes.head * (1 if config.tie_word_embeddings else 2)
-        return (_BFLOAT16 if stage.bf16 else _FLOAT32) * (2 * (layer + sizes.reduce + sizes.expand) + embeddings)
+        return (_BFLOAT16 if stage.bf16 else _FLOAT32) * 2 * (layer + sizes.reduce + sizes.expand)
     return _BFLOAT16 * layers * layer if stage.bf16 else 0
 
 
