@@ -145,7 +145,9 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("reset_positions", [False, True])
 def test_nothing_as_large_as_a_mask_is_made(tiny_dense, tokens, family, window, reset_positions):
     length = 4096
-    model = tiny_dense(family, max_position_embeddings=length, num_hidden_layers=1, **({"sliding_window": window} if window else {}))
+    model = tiny_dense(
+        family, max_position_embeddings=length, num_hidden_layers=1, **({"sliding_window": window} if window else {})
+    )
     batch = model_inputs(packed(tokens(1, length)[0], (length - 96, 96), reset_positions))
     with torch.no_grad(), document_attention(model), LargestTensor() as watched:
         model.model(**batch, use_cache=False)
@@ -154,9 +156,11 @@ def test_nothing_as_large_as_a_mask_is_made(tiny_dense, tokens, family, window, 
 
 def test_the_switch_is_undone_and_never_saved(tiny_dense, tmp_path):
     student, teacher = tiny_dense("llama"), tiny_dense("qwen3", attn_implementation="eager")
-    with pytest.raises(KeyboardInterrupt), document_attention(student, teacher):
+    with document_attention(student, teacher):
         assert student.config._attn_implementation == teacher.config._attn_implementation == NAME
         student.save_pretrained(tmp_path)
+    assert (student.config._attn_implementation, teacher.config._attn_implementation) == ("sdpa", "eager")
+    with pytest.raises(KeyboardInterrupt), document_attention(student, teacher):
         raise KeyboardInterrupt
     assert (student.config._attn_implementation, teacher.config._attn_implementation) == ("sdpa", "eager")
     assert NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))

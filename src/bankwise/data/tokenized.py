@@ -58,20 +58,19 @@ def tokenized_training_split(
     """
     documents, _ = load_split(source, held_out_fraction)
     folder = cache_folder("tokens") / _key(documents, tokenizer)
-    lengths = _lengths(folder)
-    if lengths is None:
-        try:
+    try:
+        lengths = _lengths(folder)
+        if lengths is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_suffix(".lock")):
                 lengths = _lengths(folder)
                 if lengths is None:
-                    _write(folder, documents, tokenizer, source_name(source), progress)
-                    lengths = np.load(folder / "lengths.npy")
-        except OSError as error:
-            raise DataError(
-                f"the tokens of {source.path} cannot be written to {folder} ({error.strerror}); set BANKWISE_CACHE to "
-                "a folder with space that can be written"
-            ) from error
+                    lengths = _write(folder, documents, tokenizer, source_name(source), progress)
+    except OSError as error:
+        raise DataError(
+            f"the tokens of {source.path} cannot be kept in {folder} ({error.strerror}); set BANKWISE_CACHE to a "
+            "folder with space that can be written"
+        ) from error
     starts = np.cumsum(lengths) - lengths
     lowest, highest = max(1, int(source.min_tokens)), int(source.max_tokens)
     kept = (lengths >= lowest) & ((lengths <= highest) if highest else True)
@@ -119,7 +118,8 @@ def _lengths(folder: Path) -> np.ndarray | None:
 
 def _write(
     folder: Path, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, name: str, progress: bool
-) -> None:
+) -> np.ndarray:
+    """Tokenise into a folder beside `folder` and put that in its place; returns the lengths of the documents."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     dtype = _dtype(tokenizer)
     lengths: list[int] = []
@@ -142,6 +142,7 @@ def _write(
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
+        return np.array(lengths, dtype=np.int64)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
