@@ -109,12 +109,18 @@ def test_a_repeated_source_is_reshuffled_and_warned_about_once(make_source, rows
     documents = len(load_split(source, 0.2)[0])
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
-    assert f"{20 * documents} training tokens in {documents} rows of 32" in warnings[0]
-    assert f"repeated for {64 / documents:.1f} epochs" in warnings[0]
+    assert f"tiny has {20 * documents} tokens for training in an epoch" in warnings[0]
+    assert f"they are read {64 / documents:.1f} times to fill 64 rows of 32" in warnings[0]
     order = [row[0] for row in texts(made, tokenizer)]
     epochs = [order[start : start + documents] for start in range(0, 64 - documents, documents)]
     assert all(len(set(epoch)) == documents for epoch in epochs)
     assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("mode", ["best_fit", "concat_split"])
+def test_the_ends_of_short_epochs_are_not_padded_one_by_one(make_source, rows, mode):
+    source = make_source("tiny", [70] * 14)  # an epoch is about 1.5 rows
+    assert rows([source], 40, seq_len=512, mode=mode).padding < 0.1
 
 
 def test_a_source_larger_than_its_share_is_not_repeated(make_source, rows, tokenizer, caplog):

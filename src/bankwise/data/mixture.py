@@ -25,6 +25,8 @@ from bankwise.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_ROWS_PACKED_TOGETHER = 32  # so that the padding at the end of an epoch is at most about 3%
+
 
 @dataclass(frozen=True)
 class _SourceRows:
@@ -86,8 +88,8 @@ def training_rows(
 ) -> TrainingRows:
     """Exactly `num_rows` rows of `seq_len` positions, shared among the sources by weight.
 
-    Every source gives at least one row where there are enough. Each epoch over a source is shuffled and packed anew; a
-    source that is too small is repeated, with a warning.
+    Every source gives at least one row where there are enough. Each epoch over a source is shuffled and packed anew
+    (epochs of a few rows several at a time); a source that is too small is repeated, with a warning.
     """
     if not sources:
         raise ConfigError("no data source is given; name at least one, for example package:pydoc")
@@ -116,25 +118,32 @@ def _source_rows(
             packing.long_threshold,
             packing.long_fraction,
         )
-    epochs: list[PackedRows] = []
-    missing = share
-    while missing > 0:
-        generator = np.random.default_rng([seed[0] % 2**32, seed[1], len(epochs)])
-        drawn = _epoch_documents(documents.lengths, packing, generator)
+
+    def packed(first_epoch: int, epochs: int) -> PackedRows:
+        generator = np.random.default_rng([seed[0] % 2**32, seed[1], first_epoch])
+        drawn = np.concatenate([_epoch_documents(documents.lengths, packing, generator) for _ in range(epochs)])
         rows = pack(documents.lengths[drawn], seq_len, packing.mode).of_documents(drawn)
-        if not epochs and len(rows) < share:
-            logger.warning(
-                "%s has %d training tokens in %d rows of %d; they are repeated for %.1f epochs to give %d rows",
-                source.path,
-                rows.tokens,
-                len(rows),
-                seq_len,
-                share / len(rows),
-                share,
-            )
-        epochs.append(rows.take(generator.permutation(len(rows))[:missing]))
-        missing -= len(epochs[-1])
-    return join(epochs)
+        return rows.take(generator.permutation(len(rows)))
+
+    parts = [packed(0, 1)]
+    size, tokens = len(parts[0]), parts[0].tokens
+    # An epoch ends in a row that is mostly padding; where an epoch is a few rows, several are packed as one.
+    together = 1 if packing.mode == "none" else -(-min(share, _ROWS_PACKED_TOGETHER) // size)
+    if together > 1:
+        parts = [packed(0, together)]
+    while sum(map(len, parts)) < share:
+        parts.append(packed(len(parts) * together, together))
+    rows = join(parts).take(np.arange(share))
+    if rows.tokens > tokens:
+        logger.warning(
+            "%s has %d tokens for training in an epoch; they are read %.1f times to fill %d rows of %d",
+            source.path,
+            tokens,
+            rows.tokens / tokens,
+            share,
+            seq_len,
+        )
+    return rows
 
 
 def _epoch_documents(lengths: np.ndarray, packing: Packing, generator: np.random.Generator) -> np.ndarray:
