@@ -131,8 +131,10 @@ def _source_rows(
     together = 1 if packing.mode == "none" else -(-min(share, _ROWS_PACKED_TOGETHER) // size)
     if together > 1:
         parts = [packed(0, together)]
-    while sum(map(len, parts)) < share:
+    made = len(parts[0])
+    while made < share:
         parts.append(packed(len(parts) * together, together))
+        made += len(parts[-1])
     rows = join(parts).take(np.arange(share))
     if rows.tokens > tokens:
         logger.warning(

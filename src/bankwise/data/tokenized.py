@@ -26,7 +26,7 @@ from bankwise.data.windows import encode
 from bankwise.errors import DataError
 
 _LAYOUT = 1  # of the files; another number makes every cached folder unread
-_CHARS_AT_ONCE = 1 << 22  # of text that is tokenised together: enough for all cores, little beside the tokens
+_CHARS_AT_ONCE = 1 << 23  # of text that is tokenised together: documents for all cores, some 300 MB for a moment
 
 
 @dataclass(frozen=True)
