@@ -1,5 +1,6 @@
 """The token cache: what it holds, when it is read, and what makes it a different one."""
 
+import copy
 import multiprocessing
 from pathlib import Path
 
@@ -62,8 +63,6 @@ def test_a_second_call_reads_the_cache(folder, tokenizer, encodings, cache):
 
 
 def test_another_file_split_or_tokenizer_is_tokenised_anew(folder, tokenizer, encodings):
-    import copy
-
     source = DataSource(path=str(folder))
     tokenized_training_split(source, tokenizer, 0.2)
     (folder / "03.txt").write_text("hellO 3 " * 4, encoding="utf-8")

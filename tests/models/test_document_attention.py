@@ -8,10 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bankwise.config import Packing
+from bankwise.config import CalibrationConfig, Packing, SparsityConfig
 from bankwise.data import RowCollator
 from bankwise.errors import ConfigError
 from bankwise.models.document_attention import NAME, document_attention
+from bankwise.upcycle import convert
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LENGTHS = (7, 1, 40, 16)  # with mistral's window of 12 below and above it
@@ -32,6 +33,23 @@ def alone(model, ids, lengths):
     return torch.cat([model(part[None]).logits[0] for part in ids.split(lengths)])
 
 
+@pytest.fixture
+def sparse_of(tiny_dense):
+    """Factory: a sparse model of a family with random predictors."""
+
+    def make(family):
+        settings = CalibrationConfig(tokens=0, init="zero")
+        model = convert(tiny_dense(family), SparsityConfig(predictor_rank=8), None, settings, progress=False).model
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if ".predictor." in name:
+                    value.copy_(torch.randn(value.shape, generator=generator))
+        return model
+
+    return make
+
+
 @pytest.mark.parametrize("reset_positions", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -47,12 +65,14 @@ def test_packed_documents_have_the_logits_they_have_alone(tiny_dense, tokens, fa
     assert (joined - expected).abs().max() > 1e-2, "without the borders the documents do see each other"
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "reset_positions"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_the_sum_of_those_of_the_documents_alone(sparse_of, tokens, family, checkpointing):
+def test_gradients_are_the_sum_of_those_of_the_documents_alone(
+    sparse_of, tokens, family, checkpointing, reset_positions
+):
     model = sparse_of(family).train()
     (ids,) = tokens(1, sum(LENGTHS))
-    batch = packed(ids, LENGTHS, padding=9)
+    batch = packed(ids, LENGTHS, reset_positions, padding=9)
     reference = copy.deepcopy(model)
     for part in ids.split(LENGTHS):
         if len(part) > 1:
@@ -64,25 +84,6 @@ def test_gradients_are_the_sum_of_those_of_the_documents_alone(sparse_of, tokens
     expected = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=2e-6, msg=name)
-
-
-@pytest.fixture
-def sparse_of(tiny_dense):
-    """Factory: a sparse model of a family with random predictors."""
-    from bankwise.config import CalibrationConfig, SparsityConfig
-    from bankwise.upcycle import convert
-
-    def make(family):
-        settings = CalibrationConfig(tokens=0, init="zero")
-        model = convert(tiny_dense(family), SparsityConfig(predictor_rank=8), None, settings, progress=False).model
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for name, value in model.named_parameters():
-                if ".predictor." in name:
-                    value.copy_(torch.randn(value.shape, generator=generator))
-        return model
-
-    return make
 
 
 def test_a_long_document_is_read_through_the_sliding_window(tiny_dense, tokens):

@@ -45,7 +45,6 @@ def test_training_at_32k_tokens_is_bounded_in_memory(sparse, tmp_path):
         model, [stage], lambda number: rows, tmp_path / "work", metrics_file=tmp_path / "metrics.jsonl", quiet=True
     )
     grown = peak_memory() - before
-    print(f"grown by {grown / 2**20:.0f} MB")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert tokens == 2 * LENGTH
     assert [line["step"] for line in lines] == [1, 2]
