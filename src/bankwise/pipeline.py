@@ -4,6 +4,7 @@ Everything that a step hands to the next one is a file in the run's folder, so a
 where it stopped.
 """
 
+import functools
 import json
 import shutil
 import time
@@ -14,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bankwise.config import DataSource, Recipe, dump_recipe, load_plan, load_recipe
-from bankwise.data import held_out_windows, mixed_windows
+from bankwise.config import Recipe, dump_recipe, load_plan, load_recipe
+from bankwise.data import TrainingRows, held_out_windows, mixed_windows, training_rows
 from bankwise.errors import ConfigError
 from bankwise.evaluation.evaluator import check_models
 from bankwise.evaluation.perplexity import active_fraction, perplexity
@@ -30,7 +30,7 @@ from bankwise.models.checkpoint import load_checkpoint, save_checkpoint
 from bankwise.models.modeling import use_chunked_loss
 from bankwise.provenance import environment
 from bankwise.report import write_report
-from bankwise.training import TokenWindows, train_stages, trained_tokens
+from bankwise.training import train_stages, trained_tokens
 from bankwise.training.stages import remove_empty
 from bankwise.upcycle import convert, load_dense
 from bankwise.upcycle.loading import LoadedDense
@@ -56,11 +56,11 @@ class RunResult:
 
 @dataclass
 class RunData:
-    """Text of a run, as token windows."""
+    """Text of a run: windows for calibration and measurement, and training rows."""
 
     calibration: Tensor | None
     held_out: dict[str, Tensor]
-    rows: Callable[[int], Dataset]
+    rows: Callable[[int], TrainingRows]
     """Training rows of a stage, by its number."""
 
 
@@ -111,7 +111,7 @@ def _upcycle_and_train(
     tokenizer = dense.tokenizer
     assert tokenizer is not None
     check_model(recipe, dense.model.config)
-    data = load_data(recipe, tokenizer)
+    data = load_data(recipe, tokenizer, progress=not quiet)
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     summary: dict[str, Any] = {}
 
@@ -176,7 +176,7 @@ def train(
     model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)
     has_teacher = any(stage.kd_weight for stage in recipe.stages)
     teacher = load_dense(recipe.model, tokenizer=False).model if has_teacher else None
-    data = load_data(recipe, tokenizer)
+    data = load_data(recipe, tokenizer, progress=not quiet)
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     train_model(recipe, model, data, folder, "sparse", tokenizer, teacher=teacher, resume=resume, quiet=quiet)
     return folder
@@ -257,8 +257,8 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
     (folder / "metrics.jsonl").touch()
 
 
-def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
-    """Calibration, training and held-out windows; the first two from the training split."""
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: bool = False) -> RunData:
+    """Calibration windows and training rows, both from the training split, and held-out windows."""
     held_out = held_out_windows(
         recipe.data,
         tokenizer,
@@ -268,25 +268,32 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         seed=recipe.seed,
     )
 
-    def training_split(sources: list[DataSource], seq_len: int, num_windows: int, seed: int) -> Tensor:
-        return mixed_windows(
-            sources,
-            tokenizer,
-            seq_len=seq_len,
-            num_windows=num_windows,
-            split="train",
-            held_out_fraction=recipe.held_out_fraction,
-            seed=seed,
-        )
-
-    def rows(number: int) -> Dataset:
+    @functools.cache  # every model of the run trains on the same rows
+    def rows(number: int) -> TrainingRows:
         stage = recipe.stages[number]
-        return TokenWindows(training_split(stage.data or recipe.data, stage.seq_len, stage.rows, recipe.seed + number))
+        return training_rows(
+            stage.data or recipe.data,
+            tokenizer,
+            seq_len=stage.seq_len,
+            num_rows=stage.rows,
+            packing=stage.packing,
+            held_out_fraction=recipe.held_out_fraction,
+            seed=recipe.seed + number,
+            progress=progress,
+        )
 
     settings = recipe.calibration
     calibration = None
     if settings.windows:
-        calibration = training_split(recipe.data, settings.seq_len, settings.windows, settings.seed)
+        calibration = mixed_windows(
+            recipe.data,
+            tokenizer,
+            seq_len=settings.seq_len,
+            num_windows=settings.windows,
+            split="train",
+            held_out_fraction=recipe.held_out_fraction,
+            seed=settings.seed,
+        )
     return RunData(calibration, held_out, rows)
 
 

@@ -8,9 +8,10 @@ import torch
 
 import bankwise
 from bankwise import SparsityConfig
+from bankwise.data.tokenized import tokenizer_fingerprint
 from bankwise.errors import ConfigError, DataError
 from bankwise.evaluation.engine import Engine, Probe, Prompt
-from bankwise.evaluation.reading_cache import ReadingCache, model_fingerprint, tokenizer_fingerprint
+from bankwise.evaluation.reading_cache import ReadingCache, model_fingerprint
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PROMPTS = [

@@ -248,6 +248,13 @@ def test_the_fast_gate_takes_any_leading_shape_and_strides():
         assert torch.equal(actual.transpose(0, 1).reshape(6, F), expected)
 
 
+def test_the_fast_gate_keeps_one_bit_of_each_channel_for_its_backward_pass():
+    at, saved = inputs(tokens=40), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        ste_gate(at.h, at.z)
+    assert sorted(tensor.nbytes for tensor in saved) == sorted([at.h.nbytes, at.z.nbytes, 40 * F // 8, 40 * F // B * 8])
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_the_fast_gate_keeps_float32_logits_beside_h_of_any_dtype(dtype, tolerance):
     at = inputs(torch.float32, tokens=40)

@@ -87,3 +87,5 @@ class Packing:
         self.long_threshold = parse_tokens(self.long_threshold)
         if not 0 <= self.long_fraction < 1:
             raise ConfigError(f"long_fraction={self.long_fraction} is outside [0, 1)")
+        if self.reset_positions and not self.doc_mask:
+            raise ConfigError("reset_positions counts within documents that the mask keeps apart; set doc_mask: true")

@@ -1,11 +1,15 @@
-"""Text: where it comes from, how it is split, and how it becomes token windows."""
+"""Text: where it comes from, how it is split, and how it becomes training rows and token windows."""
 
+from bankwise.data.collate import RowCollator
 from bankwise.data.held_out import document_windows, held_out_windows
+from bankwise.data.mixture import TrainingRows, training_rows
 from bankwise.data.sources import Document, load_documents, load_split, source_name, split_documents
 from bankwise.data.windows import mixed_windows, token_windows
 
 __all__ = [
     "Document",
+    "RowCollator",
+    "TrainingRows",
     "document_windows",
     "held_out_windows",
     "load_documents",
@@ -14,4 +18,5 @@ __all__ = [
     "source_name",
     "split_documents",
     "token_windows",
+    "training_rows",
 ]

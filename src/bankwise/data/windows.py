@@ -112,7 +112,9 @@ def mixed_windows(
     if split not in ("train", "held_out"):
         raise ConfigError(f"split={split!r} is not known; use train or held_out")
     parts: list[Tensor] = []
-    for source, share in zip(sources, _shares([source.weight for source in sources], num_windows), strict=True):
+    for source, share in zip(
+        sources, shares_by_weight([source.weight for source in sources], num_windows), strict=True
+    ):
         if share == 0:
             continue
         train, held_out = load_split(source, held_out_fraction)
@@ -129,7 +131,7 @@ def mixed_windows(
     return rows[shuffled]  # type: ignore[return-value]
 
 
-def _shares(weights: Sequence[float], total: int) -> list[int]:
+def shares_by_weight(weights: Sequence[float], total: int) -> list[int]:
     """Integers that add up to `total`, in proportion to the weights (largest remainder), none 0 if that can be."""
     quotas = [weight / sum(weights) * total for weight in weights]
     shares = [int(quota) for quota in quotas]
@@ -167,7 +169,7 @@ def _all_tokens(
     pieces: list[Tensor] = []
     collected = 0
     for start in range(0, len(documents), _BATCH):
-        pieces += _encode([document.text for document in documents[start : start + _BATCH]], tokenizer)
+        pieces += encode([document.text for document in documents[start : start + _BATCH]], tokenizer)
         collected += sum(map(len, pieces[start:]))
         report(collected)
     return pieces
@@ -195,7 +197,7 @@ def _spread_tokens(
         if missing <= 0:
             return pieces
     for document, taken in unfinished:
-        pieces += [ids[taken:] for ids in _encode([document.text], tokenizer)]
+        pieces += [ids[taken:] for ids in encode([document.text], tokenizer)]
         missing -= len(pieces[-1])
         report(max_windows * seq_len - missing)
         if missing <= 0:
@@ -211,15 +213,15 @@ def _encode_start(text: str, num_tokens: int, tokenizer: PreTrainedTokenizerBase
     num_chars = num_tokens * _CHARS_PER_TOKEN
     while num_chars < len(text):
         end = max(text.rfind(" ", 0, num_chars), text.rfind("\n", 0, num_chars))
-        (ids,) = _encode([text[:end].rstrip() if end > 0 else text[:num_chars]], tokenizer)
+        (ids,) = encode([text[:end].rstrip() if end > 0 else text[:num_chars]], tokenizer)
         if len(ids) > num_tokens:  # more, so that the eos which ends the prefix is never taken
             return ids[:num_tokens], False
         num_chars *= 2
-    (ids,) = _encode([text], tokenizer)
+    (ids,) = encode([text], tokenizer)
     return ids[:num_tokens], len(ids) <= num_tokens
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     """Token ids of each text, each closed by eos where the tokenizer has one."""
     pieces = []
     for ids in tokenizer(texts, verbose=False)["input_ids"]:

@@ -18,8 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from bankwise.data.tokenized import tokenizer_fingerprint
 from bankwise.errors import ConfigError
-from bankwise.evaluation.reading_cache import ReadingCache, tokenizer_fingerprint
+from bankwise.evaluation.reading_cache import ReadingCache
 
 _PREFILL_COLUMNS = 1024  # of one forward pass; bounds the attention mask and the activations of long prompts
 _LOGIT_ROWS = 512  # tokens whose logits exist at one time

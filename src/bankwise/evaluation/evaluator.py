@@ -20,12 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bankwise.cache import cache_folder
 from bankwise.config import EvaluationPlan, SparsityConfig, dump_plan, load_plan
 from bankwise.data import mixed_windows
+from bankwise.data.tokenized import tokenizer_fingerprint
 from bankwise.errors import ConfigError
 from bankwise.evaluation.baselines import BASELINES, apply_baseline
 from bankwise.evaluation.comparison import COLUMNS, ColumnScores, compare
 from bankwise.evaluation.engine import Engine
 from bankwise.evaluation.perplexity import active_fraction
-from bankwise.evaluation.reading_cache import ReadingCache, model_fingerprint, tokenizer_fingerprint
+from bankwise.evaluation.reading_cache import ReadingCache, model_fingerprint
 from bankwise.evaluation.suites import SuiteResult, benchmarks, cwe, perplexity, routing, ruler
 from bankwise.models.cost import token_cost
 from bankwise.provenance import environment

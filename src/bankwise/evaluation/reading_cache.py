@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from bankwise.errors import ConfigError, DataError
 from bankwise.ffn import sparse_layers
@@ -28,15 +28,6 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         for part in flat.view(torch.uint8).split(_HASHED_AT_ONCE) if flat.numel() else ():
             digest.update(part.numpy().data)
     return digest.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over the tokenizer's rules, or over its vocabulary where it has no serialised form."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    for state in ("padding", "truncation"):  # left behind by the last call, no part of the rules
-        rules.pop(state, None)
-    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 
 class ReadingCache:

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bankwise.config import DataSource
 from bankwise.config.evaluation import Permutation
+from bankwise.data.tokenized import tokenizer_fingerprint
 from bankwise.errors import ConfigError, DataError
-from bankwise.evaluation.reading_cache import model_fingerprint, tokenizer_fingerprint
+from bankwise.evaluation.reading_cache import model_fingerprint
 from bankwise.ffn import SparseSwiGLU
 from bankwise.repair.changes import CHANGES, all_dense, check_sparse, find_layer, keep, masked
 from bankwise.repair.metrics import Metric, Sample, SampleSource, find_metric

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from bankwise.config import Stage
+from bankwise.data import RowCollator
 from bankwise.ffn import sparse_layers
 from bankwise.training.rope import change_rope
 from bankwise.training.trainer import UpcyclingTrainer
@@ -57,6 +58,7 @@ def train_stages(
                 stage,
                 rows(number),
                 work / f"stage-{number}",
+                collate=RowCollator(stage.packing),
                 teacher=teacher if stage.kd_weight else None,
                 tokens_before=tokens,
                 save_at_end=position + 1 < len(own),

@@ -6,6 +6,7 @@ Everything else (accumulation, mixed precision, checkpoints, resume, processes) 
 import json
 import time
 from collections.abc import Callable, Sized
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bankwise.config import Stage
 from bankwise.errors import ConfigError, RoutingError, TrainingError
 from bankwise.ffn import RoutingRecord, record_routing, sparse_layers
 from bankwise.ffn.precision import bf16_router_products
+from bankwise.models.document_attention import check_document_attention, document_attention
 from bankwise.training.optimizer import parameter_groups, select_trained
 from bankwise.training.progress import PrintProgress
 from bankwise.training.schedules import ChannelSchedule, aux_weight, scheduler_arguments
@@ -66,6 +68,9 @@ class UpcyclingTrainer(Trainer):
     ) -> None:
         if stage.kd_weight and teacher is None and name != COMPANION:
             raise ConfigError(f"kd_weight={stage.kd_weight} needs a teacher; pass the dense model as teacher=")
+        self.attending = [model, *([] if teacher is None else [teacher])] if stage.packing.doc_mask else []
+        for attending in self.attending:
+            check_document_attention(attending)
         select_trained(model, stage)
         if stage.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -105,6 +110,11 @@ class UpcyclingTrainer(Trainer):
             raise ConfigError(f"trainer={arguments} is not accepted by TrainingArguments: {error}") from error
         self.rows: Sized = rows  # type: ignore[assignment]  # map-style: Dataset has no __len__ in its type
         super().__init__(model=model, args=training_arguments, train_dataset=rows, data_collator=collate)
+        if stage.packing.doc_mask and max(self.get_cp_size(), self.get_sp_size()) > 1:
+            raise ConfigError(
+                "context and sequence parallelism drop the document mask; set packing.doc_mask: false, or leave "
+                "cp_size and sp_size at 1"
+            )
         # Every loss is a sum over a step's target tokens, of all passes and processes, divided by their number.
         self.model_accepts_loss_kwargs = True
         self.add_callback(ChannelSchedule(stage, model))
@@ -244,11 +254,15 @@ class UpcyclingTrainer(Trainer):
         }
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the Trainer, with the router's float32 products at bfloat16 input precision where autocast is on."""
+        """As in the Trainer, with the attention of the document mask, and the router's precision.
+
+        Where autocast is on, the router's float32 products have bfloat16 input precision.
+        """
         self.started = time.time()
-        if not self.stage.bf16:
-            return super().train(*args, **kwargs)
-        with bf16_router_products():
+        with ExitStack() as stack:
+            stack.enter_context(document_attention(*self.attending))
+            if self.stage.bf16:
+                stack.enter_context(bf16_router_products())
             return super().train(*args, **kwargs)
 
 
