@@ -1,31 +1,44 @@
 """The training loop of one stage: Hugging Face `Trainer` with bankwise's losses, parameter groups and record.
 
-Everything else (accumulation, mixed precision, checkpoints, resume, processes) is the Trainer's own.
+Everything else (accumulation, mixed precision, resume, processes) is the Trainer's own.
 """
 
 import json
+import signal
 import time
 from collections.abc import Callable, Sized
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from bankwise.config import Stage
-from bankwise.errors import ConfigError, RoutingError, TrainingError
+from bankwise.errors import ConfigError, Interrupted, RoutingError, TrainingError
 from bankwise.ffn import RoutingRecord, record_routing, sparse_layers
 from bankwise.ffn.precision import bf16_router_products
+from bankwise.files import remove_leftovers, sync, write_json
+from bankwise.training.checkpointing import (
+    CheckpointingTrainer,
+    append_line,
+    checkpoint_step,
+    trim_record,
+    whole_checkpoints,
+)
 from bankwise.training.optimizer import parameter_groups, select_trained
 from bankwise.training.progress import PrintProgress
 from bankwise.training.schedules import ChannelSchedule, aux_weight, scheduler_arguments
+from bankwise.training.stopping import StopAtSignal
 
 COMPANION = "companion"
 """Name of the training whose model is the dense companion."""
+_OPEN_LINE = "open_line.json"
 
 
 class TokenWindows(Dataset):
@@ -41,7 +54,7 @@ class TokenWindows(Dataset):
         return {"input_ids": self.windows[index], "labels": self.windows[index]}
 
 
-class UpcyclingTrainer(Trainer):
+class UpcyclingTrainer(CheckpointingTrainer):
     """Trains a sparse model, or the dense companion, on one stage.
 
     Loss = ce_weight * CE + kd_weight * KL(teacher || student) + aux_weight * mean over layers of the routing loss.
@@ -70,6 +83,8 @@ class UpcyclingTrainer(Trainer):
         if stage.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.stage = stage
+        self.keep_checkpoints = stage.keep_checkpoints
+        self.stop = StopAtSignal()
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.name = name
         self.is_sparse = bool(sparse_layers(model))
@@ -88,6 +103,7 @@ class UpcyclingTrainer(Trainer):
             "bf16": stage.bf16,
             "save_strategy": "steps" if stage.save_steps or save_at_end else "no",
             "save_steps": stage.save_steps or stage.steps,
+            "save_total_limit": None,
             "logging_steps": stage.log_steps,
             "logging_nan_inf_filter": False,
             "seed": seed,
@@ -109,7 +125,8 @@ class UpcyclingTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.add_callback(ChannelSchedule(stage, model))
         self.remove_callback(PrinterCallback)
-        self.add_callback(_LogAtCheckpoints(stage))
+        self.add_callback(_LogAtTheEnd(stage))
+        self.add_callback(self.stop)
         if not quiet:
             self.add_callback(PrintProgress(name if not stage.name else f"{name} {stage.name}"))
 
@@ -171,7 +188,8 @@ class UpcyclingTrainer(Trainer):
             loss = loss + aux_weight(stage, self.state.global_step) * aux / self.args.gradient_accumulation_steps
         if not loss.isfinite():
             raise TrainingError(f"{self._where()}: the loss is {loss.item()}. {self._last_good()}")
-        self.parts.append({"ce": ce.item(), "kd": kd.item(), **({} if aux is None else {"aux": aux.item()})})
+        parts = {"loss": loss.item(), "ce": ce.item(), "kd": kd.item()}
+        self.parts.append(parts if aux is None else parts | {"aux": aux.item()})
         if record is not None and record.recalls:
             self.routing = {
                 "recall": torch.stack(record.recalls).tolist(), "retained": torch.stack(record.retained).tolist()
@@ -191,21 +209,18 @@ class UpcyclingTrainer(Trainer):
         )
 
     def _last_good(self) -> str:
-        folder = Path(str(self.args.output_dir))
-        saved = sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
+        saved = whole_checkpoints(Path(str(self.args.output_dir)))
         # A checkpoint of the step that has just ended holds the very weights that gave this loss.
-        good = [step for step in saved if step < self.state.global_step]
+        good = [checkpoint for checkpoint in saved if checkpoint_step(checkpoint) < self.state.global_step]
         if not good:
             return "No checkpoint was saved yet (set save_steps); lower lr or predictor_lr and start again"
-        return (
-            f"The last good checkpoint is {folder / f'checkpoint-{good[-1]}'}; "
-            "start again with a lower lr or predictor_lr"
-        )
+        return f"The last good checkpoint is {good[-1]}; start again with a lower lr or predictor_lr"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in the Trainer; training lines also go to metrics.jsonl with the parts of the loss and the routing."""
         if "loss" in logs and self.parts:
             means = self._loss_parts()
+            # The loss too: the Trainer's own mean leaves out the steps before a resume.
             logs |= {key: value for key, value in means.items() if value is not None}
             if self.metrics_file is not None and self.is_world_process_zero():
                 step = self.state.global_step
@@ -214,7 +229,6 @@ class UpcyclingTrainer(Trainer):
                     "stage": self.stage.name,
                     "step": step,
                     "tokens": self.tokens_before + step * int(self.stage.batch_tokens),
-                    "loss": logs["loss"],
                     **means,
                     "grad_norm": logs.get("grad_norm"),
                     "lr": logs.get("learning_rate"),
@@ -222,16 +236,17 @@ class UpcyclingTrainer(Trainer):
                     "recall": self.routing.get("recall"),
                     "retained": self.routing.get("retained"),
                 }
-                with self.metrics_file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_line(self.metrics_file, row)
         super().log(logs, start_time)
 
     def _loss_parts(self) -> dict[str, float | None]:
         """Means since the last line, over steps and processes: nats per token, and the mean auxiliary loss."""
         passes = self.args.gradient_accumulation_steps
-        # A pass holds its share of the step's tokens, so the language-model parts of a step's passes add up.
-        sums = [[part[key] for part in self.parts if key in part] for key in ("ce", "kd", "aux")]
-        scales = (passes * self.args.world_size, passes * self.args.world_size, 1)
+        # A pass holds its share of the step's tokens, so the language-model parts of a step's passes add up. The loss
+        # is the one that is differentiated, with the number of processes in it.
+        keys = ("loss", "ce", "kd", "aux")
+        sums = [[part[key] for part in self.parts if key in part] for key in keys]
+        scales = (passes, passes * self.args.world_size, passes * self.args.world_size, 1)
         self.parts = []
         local = [_mean(values) for values in sums]
         reduced = [
@@ -240,28 +255,52 @@ class UpcyclingTrainer(Trainer):
         ]
         return {
             key: None if value is None else value.item() * scale
-            for key, value, scale in zip(("ce", "kd", "aux"), reduced, scales, strict=True)
+            for key, value, scale in zip(keys, reduced, scales, strict=True)
         }
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the Trainer, with the router's float32 products at bfloat16 input precision where autocast is on."""
+    def save_own_state(self, checkpoint: Path) -> None:
+        """Keep what the next line of metrics.jsonl covers already, and force the lines before it to disk."""
+        passes = zip(*gather_object([self.parts]), strict=True)
+        if self.args.should_save:
+            parts = [{key: sum(part[key] for part in same) / len(same) for key in same[0]} for same in passes]
+            write_json(checkpoint / _OPEN_LINE, {"parts": parts})
+            if self.metrics_file is not None and self.metrics_file.is_file():
+                sync(self.metrics_file)
+
+    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
+        """As in the Trainer, with the router's float32 products at bfloat16 input precision where autocast is on.
+
+        SIGTERM, SIGUSR1 or Ctrl-C lets the step end and saves a checkpoint; `Interrupted` is raised after that.
+        """
         self.started = time.time()
-        if not self.stage.bf16:
-            return super().train(*args, **kwargs)
-        with bf16_router_products():
-            return super().train(*args, **kwargs)
+        checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        step = 0 if checkpoint is None else checkpoint_step(checkpoint)
+        self.parts = [] if checkpoint is None else json.loads((checkpoint / _OPEN_LINE).read_text())["parts"]
+        if self.args.should_save:
+            remove_leftovers(Path(str(self.args.output_dir)))
+        if self.metrics_file is not None and self.is_world_process_zero():
+            trim_record(self.metrics_file, self.name, self.tokens_before + step * int(self.stage.batch_tokens))
+        products = bf16_router_products() if self.stage.bf16 else nullcontext()
+        listening = self.stop.request.listening(processes=self.args.world_size, say=self.is_world_process_zero())
+        with listening, products:
+            result = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+            if not self.stop.signum and self.stop.agree(self.args):
+                self._save_checkpoint(self.model_wrapped, None)
+        if self.stop.signum:
+            raise Interrupted(
+                f"{signal.Signals(self.stop.signum).name} stopped the training of the {self.name} model after step "
+                f"{self.state.global_step} of {self.state.max_steps}; its checkpoint is in {self.args.output_dir}",
+                self.stop.signum,
+            )
+        return result
 
 
 def _is_logged(stage: Stage, step: int) -> bool:
-    """Whether `step` ends with a line in the record: every log_steps, at the end, and at each checkpoint.
-
-    A line covers the steps since the one before; without one at a checkpoint, a resumed run's first line would differ.
-    """
-    is_saved = stage.save_steps > 0 and step % stage.save_steps == 0
-    return step % stage.log_steps == 0 or step == stage.steps or is_saved
+    """Whether `step` ends with a line in the record, which covers the steps since the one before."""
+    return step % stage.log_steps == 0 or step == stage.steps
 
 
-class _LogAtCheckpoints(TrainerCallback):
+class _LogAtTheEnd(TrainerCallback):
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
 
