@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from bankwise.errors import Interrupted
 
@@ -53,7 +54,8 @@ class StopRequest:
                 is_first, self.signum, self._noted = self.signum == 0, signum, time.monotonic()
                 if is_first and say:
                     # Unbuffered: the signal may have come in the middle of a print.
-                    os.write(2, f"{signal.Signals(signum).name}: stopping after this step, with a checkpoint\n".encode())
+                    name = signal.Signals(signum).name
+                    os.write(2, f"{name}: stopping after this step, with a checkpoint\n".encode())
             elif signum != _NOTICE and (processes == 1 or time.monotonic() - self._noted > _DUPLICATES_S):
                 restore()
                 signal.raise_signal(signum)
@@ -66,7 +68,7 @@ class StopRequest:
 def _handling(
     handler: Callable[[int, FrameType | None], None], signals: tuple[signal.Signals, ...]
 ) -> Iterator[Callable[[], None]]:
-    before = {}
+    before: dict[signal.Signals, Any] = {}
 
     def restore() -> None:
         while before:
@@ -74,9 +76,7 @@ def _handling(
 
     if threading.current_thread() is threading.main_thread():
         # None: a handler that Python did not set, and could not set again.
-        before = {
-            each: old for each in signals if (old := signal.getsignal(each)) not in (None, signal.SIG_IGN)
-        }
+        before = {each: old for each in signals if (old := signal.getsignal(each)) not in (None, signal.SIG_IGN)}
     for each in before:
         signal.signal(each, handler)
     try:

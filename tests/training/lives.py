@@ -3,18 +3,22 @@
 The moments of a training are the starts of its steps and the points in its writing where a kill does most harm.
 """
 
+import itertools
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
 from bankwise import files
 from bankwise.config import Stage
+from bankwise.errors import Interrupted
 from bankwise.models.checkpoint import save_checkpoint
 from bankwise.training import TokenWindows, UpcyclingTrainer, train_stages, trainer
 
@@ -43,7 +47,9 @@ def train(folder: Path, **changes: Any) -> Path:
     rows = TokenWindows(torch.load(folder / "windows.pt"))
     settings = {"metrics_file": folder / "metrics.jsonl", "quiet": True, "resume": True}
     train_stages(model, stages(**changes), lambda number: rows, folder / "work", **settings)
-    return save_checkpoint(model, None, folder / "checkpoint")
+    if PartialState().is_main_process:
+        save_checkpoint(model, None, folder / "checkpoint")
+    return folder / "checkpoint"
 
 
 class Moments:
@@ -112,3 +118,34 @@ def _life(folder: Path, kind: str, kill_at: int) -> None:
     torch.set_num_threads(1)
     Moments(kind, kill_at).watch(setattr)
     train(folder)
+
+
+def live_in_two(folder: Path, port: int, stop_at: int = 0) -> list[int]:
+    """Train in two processes; the second one gets SIGTERM in its pass `stop_at`. Returns their exit codes."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["training.lives"])
+    both = [processes.Process(target=_rank, args=(folder, rank, port, stop_at)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    return [process.exitcode or 0 for process in both]
+
+
+def _rank(folder: Path, rank: int, port: int, stop_at: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    PartialState(cpu=True)
+    step, passes = UpcyclingTrainer.training_step, itertools.count(1)
+
+    def stopped(*args: Any) -> Any:
+        if rank == 1 and next(passes) == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args)
+
+    UpcyclingTrainer.training_step = stopped  # type: ignore[method-assign]
+    try:
+        train(folder)
+    except Interrupted as error:
+        sys.exit(error.exit_code)

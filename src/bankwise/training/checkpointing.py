@@ -28,6 +28,9 @@ MANIFEST = "manifest.json"
 _PREFIX = "checkpoint-"
 _THREADS = min(8, os.cpu_count() or 1)
 
+# What torch.save says, which writes past Python and names no errno.
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
+
 logger = logging.getLogger(__name__)
 
 
@@ -54,6 +57,7 @@ class CheckpointingTrainer(Trainer):
         name = f"{_PREFIX}{self.state.global_step}"
         partial = folder / f".{name}.partial"
         save = super()._save_checkpoint
+        freed = False
 
         def prepare() -> None:
             if self.args.should_save:
@@ -80,7 +84,6 @@ class CheckpointingTrainer(Trainer):
                 shutil.rmtree(partial, ignore_errors=True)
                 freed = bool(remove_old_checkpoints(folder, keep=1))
 
-        freed = False
         while reason := self._together(prepare) or self._together(write) or self._together(publish):
             self._together(make_room)
             if not any(gather_object([freed])):
@@ -109,7 +112,7 @@ def write_failure(error: Exception) -> str | None:
         return error.strerror or str(error)
     if isinstance(error, SafetensorError) and "I/O error: " in str(error):
         return str(error).partition("I/O error: ")[2].partition(" (os error")[0]
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_WRITER):
         return "torch.save could not write all of a file, which most likely means that no space is left"
     return None
 

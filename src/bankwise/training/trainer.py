@@ -28,6 +28,7 @@ from bankwise.training.checkpointing import (
     CheckpointingTrainer,
     append_line,
     checkpoint_step,
+    last_whole_checkpoint,
     trim_record,
     whole_checkpoints,
 )
@@ -267,15 +268,19 @@ class UpcyclingTrainer(CheckpointingTrainer):
             if self.metrics_file is not None and self.metrics_file.is_file():
                 sync(self.metrics_file)
 
-    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the Trainer, with the router's float32 products at bfloat16 input precision where autocast is on.
 
         SIGTERM, SIGUSR1 or Ctrl-C lets the step end and saves a checkpoint; `Interrupted` is raised after that.
         """
         self.started = time.time()
-        checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
-        step = 0 if checkpoint is None else checkpoint_step(checkpoint)
-        self.parts = [] if checkpoint is None else json.loads((checkpoint / _OPEN_LINE).read_text())["parts"]
+        step, self.parts = 0, []
+        if resume_from_checkpoint is True:
+            last = last_whole_checkpoint(Path(str(self.args.output_dir)))
+            resume_from_checkpoint = None if last is None else str(last)
+        if isinstance(resume_from_checkpoint, str):
+            checkpoint = Path(resume_from_checkpoint)
+            step, self.parts = checkpoint_step(checkpoint), json.loads((checkpoint / _OPEN_LINE).read_text())["parts"]
         if self.args.should_save:
             remove_leftovers(Path(str(self.args.output_dir)))
         if self.metrics_file is not None and self.is_world_process_zero():
@@ -283,7 +288,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
         products = bf16_router_products() if self.stage.bf16 else nullcontext()
         listening = self.stop.request.listening(processes=self.args.world_size, say=self.is_world_process_zero())
         with listening, products:
-            result = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
             if not self.stop.signum and self.stop.agree(self.args):
                 self._save_checkpoint(self.model_wrapped, None)
         if self.stop.signum:
