@@ -219,7 +219,7 @@ def test_two_processes_stop_together_and_go_on_from_one_checkpoint(folder, whole
     assert live_in_two(folder, port, stop_at=3) == [143, 143]
     stopped = last_whole_checkpoint(folder / "work" / "stage-0")
     assert stopped.name == "checkpoint-3"
-    assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "open_line.json"} <= {
+    assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "own_state.json"} <= {
         path.name for path in stopped.iterdir()
     }  # fmt: skip
     assert live_in_two(folder, port) == [0, 0]

@@ -25,6 +25,7 @@ from bankwise.errors import TrainingError
 from bankwise.files import put_folder, remove_folder, write_json, write_text
 
 MANIFEST = "manifest.json"
+_OWN_STATE = "own_state.json"
 _PREFIX = "checkpoint-"
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -40,8 +41,9 @@ class CheckpointingTrainer(Trainer):
     keep_checkpoints = 0
     _written_to: Path | None = None
 
-    def save_own_state(self, checkpoint: Path) -> None:
-        """Add further files to the checkpoint; called by every process."""
+    def own_state(self) -> dict[str, Any]:
+        """What the checkpoint holds beside the Trainer's own files, for JSON; all processes call this together."""
+        return {}
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._written_to is None else str(self._written_to)
@@ -57,6 +59,8 @@ class CheckpointingTrainer(Trainer):
         name = f"{_PREFIX}{self.state.global_step}"
         partial = folder / f".{name}.partial"
         save = super()._save_checkpoint
+        # Before the first file: a process that cannot write one must not leave the others waiting.
+        own_state = self.own_state()
         freed = False
 
         def prepare() -> None:
@@ -68,7 +72,8 @@ class CheckpointingTrainer(Trainer):
             self._written_to = partial
             try:
                 save(model, trial)
-                self.save_own_state(partial / name)
+                if self.args.should_save:
+                    write_json(partial / name / _OWN_STATE, own_state)
             finally:
                 self._written_to = None
 
@@ -120,6 +125,12 @@ def write_failure(error: Exception) -> str | None:
 def checkpoint_step(checkpoint: Path) -> int:
     """Optimiser steps of the stage up to the checkpoint, by its name."""
     return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def read_own_state(checkpoint: Path) -> dict[str, Any]:
+    """What `CheckpointingTrainer.own_state` gave when the checkpoint was written."""
+    state: dict[str, Any] = json.loads((checkpoint / _OWN_STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def write_manifest(checkpoint: Path) -> None:

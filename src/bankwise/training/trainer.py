@@ -3,7 +3,6 @@
 Everything else (accumulation, mixed precision, resume, processes) is the Trainer's own.
 """
 
-import json
 import signal
 import time
 from collections.abc import Callable, Sized
@@ -23,12 +22,13 @@ from bankwise.config import Stage
 from bankwise.errors import ConfigError, Interrupted, RoutingError, TrainingError
 from bankwise.ffn import RoutingRecord, record_routing, sparse_layers
 from bankwise.ffn.precision import bf16_router_products
-from bankwise.files import remove_leftovers, sync, write_json
+from bankwise.files import remove_leftovers, sync
 from bankwise.training.checkpointing import (
     CheckpointingTrainer,
     append_line,
     checkpoint_step,
     last_whole_checkpoint,
+    read_own_state,
     trim_record,
     whole_checkpoints,
 )
@@ -39,7 +39,6 @@ from bankwise.training.stopping import StopAtSignal
 
 COMPANION = "companion"
 """Name of the training whose model is the dense companion."""
-_OPEN_LINE = "open_line.json"
 
 
 class TokenWindows(Dataset):
@@ -242,31 +241,40 @@ class UpcyclingTrainer(CheckpointingTrainer):
 
     def _loss_parts(self) -> dict[str, float | None]:
         """Means since the last line, over steps and processes: nats per token, and the mean auxiliary loss."""
+        scales = self._scales()
+        local = {key: _mean([part[key] for part in self.parts if key in part]) for key in scales}
+        self.parts = []
+        reduced = {
+            key: self.accelerator.reduce(torch.tensor(value, device=self.args.device), "mean").item() * scales[key]
+            for key, value in local.items()
+            if value is not None
+        }
+        return {key: reduced.get(key) for key in scales}
+
+    def _scales(self) -> dict[str, int]:
+        """By what the mean over passes and processes of each part of the loss gives that of a step."""
         passes = self.args.gradient_accumulation_steps
         # A pass holds its share of the step's tokens, so the language-model parts of a step's passes add up. The loss
         # is the one that is differentiated, with the number of processes in it.
-        keys = ("loss", "ce", "kd", "aux")
-        sums = [[part[key] for part in self.parts if key in part] for key in keys]
-        scales = (passes, passes * self.args.world_size, passes * self.args.world_size, 1)
-        self.parts = []
-        local = [_mean(values) for values in sums]
-        reduced = [
-            None if value is None else self.accelerator.reduce(torch.tensor(value, device=self.args.device), "mean")
-            for value in local
-        ]
-        return {
-            key: None if value is None else value.item() * scale
-            for key, value, scale in zip(keys, reduced, scales, strict=True)
-        }
+        return {"loss": passes, "ce": passes * self.args.world_size, "kd": passes * self.args.world_size, "aux": 1}
 
-    def save_own_state(self, checkpoint: Path) -> None:
-        """Keep what the next line of metrics.jsonl covers already, and force the lines before it to disk."""
-        passes = zip(*gather_object([self.parts]), strict=True)
-        if self.args.should_save:
-            parts = [{key: sum(part[key] for part in same) / len(same) for key in same[0]} for same in passes]
-            write_json(checkpoint / _OPEN_LINE, {"parts": parts})
-            if self.metrics_file is not None and self.metrics_file.is_file():
-                sync(self.metrics_file)
+    def own_state(self) -> dict[str, Any]:
+        """The steps that the next line of metrics.jsonl covers already; the lines before it are on disk after this."""
+        if self.metrics_file is not None and self.is_world_process_zero() and self.metrics_file.is_file():
+            sync(self.metrics_file)
+        passes, scales = self.args.gradient_accumulation_steps, self._scales()
+        everywhere = gather_object([self.parts])
+        steps = []
+        for first in range(0, len(self.parts), passes):
+            same = [part for parts in everywhere for part in parts[first : first + passes]]
+            steps.append({key: sum(part[key] for part in same) / len(same) * scales[key] for key in same[0]})
+        return {"open_line": steps}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Take up what `own_state` gave, also with another number of processes."""
+        scales, passes = self._scales(), self.args.gradient_accumulation_steps
+        shares = [{key: value / scales[key] for key, value in step.items()} for step in state["open_line"]]
+        self.parts = [share for share in shares for _ in range(passes)]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the Trainer, with the router's float32 products at bfloat16 input precision where autocast is on.
@@ -279,8 +287,8 @@ class UpcyclingTrainer(CheckpointingTrainer):
             last = last_whole_checkpoint(Path(str(self.args.output_dir)))
             resume_from_checkpoint = None if last is None else str(last)
         if isinstance(resume_from_checkpoint, str):
-            checkpoint = Path(resume_from_checkpoint)
-            step, self.parts = checkpoint_step(checkpoint), json.loads((checkpoint / _OPEN_LINE).read_text())["parts"]
+            step = checkpoint_step(Path(resume_from_checkpoint))
+            self.load_own_state(read_own_state(Path(resume_from_checkpoint)))
         if self.args.should_save:
             remove_leftovers(Path(str(self.args.output_dir)))
         if self.metrics_file is not None and self.is_world_process_zero():
