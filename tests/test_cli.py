@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import bankwise.cli
 import bankwise.pipeline
 from bankwise.cli import main
 from bankwise.config import CalibrationConfig, DataSource, EvalConfig, Recipe, SparsityConfig, Stage, load_recipe
+from bankwise.training import UpcyclingTrainer
 
 COMMANDS = ("run", "upcycle", "train", "eval", "report", "data", "generate", "bench", "env")
 
@@ -322,9 +324,37 @@ def test_an_interruption_says_how_to_go_on(recipe, capsys, monkeypatch):
 
     monkeypatch.setattr(bankwise.pipeline, "run", interrupted)
     assert main(["run", str(recipe)]) == 130
-    err = capsys.readouterr().err
-    assert "--resume" in err
-    assert err.count("\n") == 1
+    assert capsys.readouterr().err == f"bankwise: interrupted; go on with: bankwise run {recipe} --resume\n"
+
+
+def test_sigterm_in_the_training_saves_and_the_printed_command_goes_on(recipe, capfd, monkeypatch):
+    step = UpcyclingTrainer.training_step
+    with monkeypatch.context() as patch:
+
+        def stopped(self, *args):
+            if self.state.global_step == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return step(self, *args)
+
+        patch.setattr(UpcyclingTrainer, "training_step", stopped)
+        # One pass makes a step: a signal in each of two would be a second one, which ends it at once.
+        assert main(["run", "--quiet", "--overwrite", str(recipe), "stages.0.micro_batch=2"]) == 143
+    err = capfd.readouterr().err.splitlines()[-1]
+    assert err.startswith("bankwise: SIGTERM stopped the training of the sparse model after step 2 of 4; its checkp")
+    command = err.partition("go on with: bankwise ")[2].split()
+    assert command == ["run", "--quiet", str(recipe), "stages.0.micro_batch=2", "--resume"]
+    assert main(command) == 0
+    lines = (recipe.parent / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
+
+
+def test_sigterm_outside_the_training_ends_at_once(recipe, capfd, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(bankwise.pipeline, "run", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert main(["run", str(recipe)]) == 143
+    words = "bankwise: interrupted by SIGTERM; go on with: bankwise run"
+    assert capfd.readouterr().err == f"{words} {recipe} --resume\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_training_that_diverges_ends_with_code_2(recipe, capsys):

@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import platform
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,11 +17,13 @@ import bankwise
 from bankwise.config import PRESETS, Recipe, dump_recipe, load_plan, load_recipe
 from bankwise.config.plan_file import plan_help
 from bankwise.config.recipe_file import recipe_help
-from bankwise.errors import BankwiseError, ConfigError
+from bankwise.errors import BankwiseError, ConfigError, Interrupted
 from bankwise.evaluation.baselines import BASELINES
 from bankwise.evaluation.comparison import COLUMNS
 from bankwise.evaluation.evaluator import evaluate_models
+from bankwise.files import write_json
 from bankwise.repair import commands as repair_commands
+from bankwise.signals import end_at_once
 from bankwise.upcycle import load_model
 
 Command = Callable[[argparse.Namespace], int]
@@ -27,7 +31,8 @@ _OVERRIDES = "settings of the recipe as key=value, for example sparsity.predicto
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 on success, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
+    """Run one command. Returns 0 on success, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C and 143
+    after SIGTERM or SIGUSR1, with the line how to go on."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser(with_fields=bool({"-h", "--help"} & set(arguments)))
     options, rest = parser.parse_known_args(arguments)
@@ -39,16 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if getattr(options, "quiet", False) or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # of loading and saving weights
     try:
-        return options.run(options)
+        with end_at_once():
+            return options.run(options)
     except BankwiseError as error:
         print(f"bankwise: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            "bankwise: interrupted; a run goes on with `bankwise run ... --resume`, a scan with the same command",
-            file=sys.stderr,
-        )
-        return 130
+    except KeyboardInterrupt as error:
+        same = [item for item in arguments if item not in ("--resume", "--overwrite")]
+        command = shlex.join(["bankwise", *same, *(["--resume"] if hasattr(options, "resume") else [])])
+        print(f"bankwise: {str(error) or 'interrupted'}; go on with: {command}", file=sys.stderr)
+        return error.exit_code if isinstance(error, Interrupted) else 128 + signal.SIGINT
 
 
 def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
@@ -249,7 +254,7 @@ def _upcycle(options: argparse.Namespace) -> int:
         )
     conversion = convert(dense.model, recipe.sparsity, windows, settings, progress=not options.quiet)
     save_checkpoint(conversion.model, dense.tokenizer, options.output)
-    (options.output / "upcycle.json").write_text(json.dumps(conversion.report, indent=2), encoding="utf-8")
+    write_json(options.output / "upcycle.json", conversion.report)
     print(f"{conversion_line(conversion.report)}\ncheckpoint  {options.output}")
     return 0
 

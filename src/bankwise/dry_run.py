@@ -240,13 +240,12 @@ def _disk(
     sizes = {_folder_of(name): _FLOAT32 * parameter_count(model) for name, model in models.items()}
     if with_untrained:
         sizes["untrained/"] = sizes["checkpoint/"]
-    limit = recipe.trainer.get("save_total_limit")
     for name, model in models.items():
         own = [budget for budget in stages if name in budget.step_flops]
         for budget in own:
             stage, is_last = budget.stage, budget is own[-1]
             saved = len(_saved_steps(stage, at_end=not is_last))
-            kept = saved if limit is None else min(saved, int(limit))
+            kept = min(saved, stage.keep_checkpoints or saved)
             if kept:
                 moments = 2 * _FLOAT32 * trained_parameters(model, stage).total
                 place = f"training/{name}/stage-{stages.index(budget)}/"

@@ -1,5 +1,7 @@
 """The exceptions a user can meet. Each message names the value that was given, what is allowed, and the way out."""
 
+import signal
+
 
 class BankwiseError(Exception):
     """Base of every error that a user's input can cause; the CLI prints it as one line and exits with code 2."""
@@ -23,6 +25,19 @@ class RoutingError(BankwiseError, ArithmeticError):
 
 class TrainingError(BankwiseError):
     """Training had to stop; the message names the step and the last good checkpoint."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a command; the message names it, and where training had come to."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """130 for Ctrl-C, 143 for SIGTERM and what is treated like it."""
+        return 128 + (signal.SIGINT if self.signum == signal.SIGINT else signal.SIGTERM)
 
 
 class KernelError(BankwiseError):

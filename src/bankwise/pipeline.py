@@ -24,7 +24,7 @@ from bankwise.evaluation.evaluator import check_models
 from bankwise.evaluation.perplexity import active_fraction, perplexity
 from bankwise.evaluation_report import plan_values, report_models, run_models
 from bankwise.ffn.allocator import keep_freed_memory
-from bankwise.files import write_json
+from bankwise.files import remove_leftovers, write_json, write_text
 from bankwise.inference import generate_text
 from bankwise.models.checkpoint import load_checkpoint, save_checkpoint
 from bankwise.models.modeling import use_chunked_loss
@@ -212,7 +212,8 @@ def check_folder(
         raise ConfigError("resume and overwrite exclude each other; choose one")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; choose a folder with output=...")
-    if folder.exists() and any(folder.iterdir()):
+    # A kill before the first file was in place leaves a hidden part of it.
+    if folder.exists() and any(not path.name.endswith(".partial") for path in folder.iterdir()):
         if overwrite:
             if not saved.is_file():
                 raise ConfigError(f"{folder} is not the folder of a run (no recipe.yaml), so it is not deleted")
@@ -253,7 +254,8 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be created ({error.strerror}); choose another output=...") from error
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    remove_leftovers(folder)
+    write_text(folder / "recipe.yaml", dump_recipe(recipe))
     (folder / "metrics.jsonl").touch()
 
 

@@ -143,6 +143,9 @@ class Stage:
     save_steps: int = 0
     """Steps between checkpoints from which the stage can resume. 0: only at the end of the stage."""
 
+    keep_checkpoints: int = 2
+    """Whole checkpoints of the stage that stay on disk, the newest ones. 0: all."""
+
     log_steps: int = 5
     """Steps between lines in metrics.jsonl."""
 
@@ -181,9 +184,10 @@ class Stage:
             raise ConfigError(
                 "with all channels active only the auxiliary loss reaches the predictors; set aux_weight, usually 1"
             )
-        if self.log_steps < 1 or self.save_steps < 0:
+        if self.log_steps < 1 or self.save_steps < 0 or self.keep_checkpoints < 0:
             raise ConfigError(
-                f"log_steps={self.log_steps} must be at least 1 and save_steps={self.save_steps} at least 0"
+                f"log_steps={self.log_steps} must be at least 1, save_steps={self.save_steps} and "
+                f"keep_checkpoints={self.keep_checkpoints} at least 0"
             )
 
     def accumulation(self, processes: int = 1) -> int:

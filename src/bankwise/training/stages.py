@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 
 from bankwise.config import Stage
 from bankwise.data import RowCollator
 from bankwise.ffn import sparse_layers
+from bankwise.training.checkpointing import checkpoint_step, last_whole_checkpoint
 from bankwise.training.rope import change_rope
 from bankwise.training.trainer import UpcyclingTrainer
 
@@ -40,14 +42,14 @@ def train_stages(
     """Train `model` in place on each of its stages; returns the tokens it has read.
 
     `rows(i)` are the training rows of stage i, and `settings` go to `UpcyclingTrainer`. Checkpoints go to
-    `work/stage-i`; with `resume` the training goes on from the last one.
+    `work/stage-i`; with `resume` the training goes on from the last whole one.
     """
     own = list(stages_of(model, stages))
     first, last = _last_checkpoint(own, work) if resume else (0, None)
     tokens = 0
     for position, (number, stage) in enumerate(own):
         change_rope(model, stage.rope, stage.seq_len)
-        is_done = position < first or (position == first and last is not None and _step(last) == stage.steps)
+        is_done = position < first or (position == first and last is not None and checkpoint_step(last) == stage.steps)
         if is_done and position == first:
             assert last is not None
             finished = AutoModelForCausalLM.from_pretrained(last, dtype=model.dtype)
@@ -80,14 +82,12 @@ def remove_empty(work: Path) -> None:
 
 
 def _last_checkpoint(own: list[tuple[int, Stage]], work: Path) -> tuple[int, Path | None]:
-    """Position of the stage that goes on, and its checkpoint."""
-    for position in reversed(range(len(own))):
-        folder = work / f"stage-{own[position][0]}"
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if last is not None:
-            return position, Path(last)
-    return 0, None
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    """Position of the stage that goes on, and its checkpoint: what the main process finds, in all processes."""
+    found: list[Any] = [(0, None)]
+    if PartialState().is_main_process:
+        for position in reversed(range(len(own))):
+            last = last_whole_checkpoint(work / f"stage-{own[position][0]}")
+            if last is not None:
+                found = [(position, last)]
+                break
+    return broadcast_object_list(found)[0]

@@ -1,30 +1,42 @@
 """The training loop of one stage: Hugging Face `Trainer` with bankwise's losses, parameter groups and record.
 
-Everything else (accumulation, mixed precision, checkpoints, resume, processes) is the Trainer's own.
+Everything else (accumulation, mixed precision, resume, processes) is the Trainer's own.
 """
 
-import json
+import signal
 import time
 from collections.abc import Callable, Sized
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from bankwise.config import Stage
-from bankwise.errors import ConfigError, RoutingError, TrainingError
+from bankwise.errors import ConfigError, Interrupted, RoutingError, TrainingError
 from bankwise.ffn import RoutingRecord, record_routing, sparse_layers
 from bankwise.ffn.precision import bf16_router_products
+from bankwise.files import remove_leftovers, sync
 from bankwise.models.document_attention import check_document_attention, document_attention
+from bankwise.training.checkpointing import (
+    CheckpointingTrainer,
+    append_line,
+    checkpoint_step,
+    last_whole_checkpoint,
+    read_own_state,
+    trim_record,
+    whole_checkpoints,
+)
 from bankwise.training.optimizer import parameter_groups, select_trained
 from bankwise.training.progress import PrintProgress
 from bankwise.training.schedules import ChannelSchedule, aux_weight, scheduler_arguments
+from bankwise.training.stopping import StopAtSignal
 
 COMPANION = "companion"
 """Name of the training whose model is the dense companion."""
@@ -43,7 +55,7 @@ class TokenWindows(Dataset):
         return {"input_ids": self.windows[index], "labels": self.windows[index]}
 
 
-class UpcyclingTrainer(Trainer):
+class UpcyclingTrainer(CheckpointingTrainer):
     """Trains a sparse model, or the dense companion, on one stage.
 
     Loss = ce_weight * CE + kd_weight * KL(teacher || student) + aux_weight * mean over layers of the routing loss.
@@ -75,6 +87,8 @@ class UpcyclingTrainer(Trainer):
         if stage.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.stage = stage
+        self.keep_checkpoints = stage.keep_checkpoints
+        self.stop = StopAtSignal()
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.name = name
         self.is_sparse = bool(sparse_layers(model))
@@ -93,6 +107,7 @@ class UpcyclingTrainer(Trainer):
             "bf16": stage.bf16,
             "save_strategy": "steps" if stage.save_steps or save_at_end else "no",
             "save_steps": stage.save_steps or stage.steps,
+            "save_total_limit": None,
             "logging_steps": stage.log_steps,
             "logging_nan_inf_filter": False,
             "seed": seed,
@@ -119,7 +134,8 @@ class UpcyclingTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.add_callback(ChannelSchedule(stage, model))
         self.remove_callback(PrinterCallback)
-        self.add_callback(_LogAtCheckpoints(stage))
+        self.add_callback(_LogAtTheEnd(stage))
+        self.add_callback(self.stop)
         if not quiet:
             self.add_callback(PrintProgress(name if not stage.name else f"{name} {stage.name}"))
 
@@ -181,7 +197,8 @@ class UpcyclingTrainer(Trainer):
             loss = loss + aux_weight(stage, self.state.global_step) * aux / self.args.gradient_accumulation_steps
         if not loss.isfinite():
             raise TrainingError(f"{self._where()}: the loss is {loss.item()}. {self._last_good()}")
-        self.parts.append({"ce": ce.item(), "kd": kd.item(), **({} if aux is None else {"aux": aux.item()})})
+        parts = {"loss": loss.item(), "ce": ce.item(), "kd": kd.item()}
+        self.parts.append(parts if aux is None else parts | {"aux": aux.item()})
         if record is not None and record.recalls:
             self.routing = {
                 "recall": torch.stack(record.recalls).tolist(), "retained": torch.stack(record.retained).tolist()
@@ -201,21 +218,18 @@ class UpcyclingTrainer(Trainer):
         )
 
     def _last_good(self) -> str:
-        folder = Path(str(self.args.output_dir))
-        saved = sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
+        saved = whole_checkpoints(Path(str(self.args.output_dir)))
         # A checkpoint of the step that has just ended holds the very weights that gave this loss.
-        good = [step for step in saved if step < self.state.global_step]
+        good = [checkpoint for checkpoint in saved if checkpoint_step(checkpoint) < self.state.global_step]
         if not good:
             return "No checkpoint was saved yet (set save_steps); lower lr or predictor_lr and start again"
-        return (
-            f"The last good checkpoint is {folder / f'checkpoint-{good[-1]}'}; "
-            "start again with a lower lr or predictor_lr"
-        )
+        return f"The last good checkpoint is {good[-1]}; start again with a lower lr or predictor_lr"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in the Trainer; training lines also go to metrics.jsonl with the parts of the loss and the routing."""
         if "loss" in logs and self.parts:
             means = self._loss_parts()
+            # The loss too: the Trainer's own mean leaves out the steps before a resume.
             logs |= {key: value for key, value in means.items() if value is not None}
             if self.metrics_file is not None and self.is_world_process_zero():
                 step = self.state.global_step
@@ -224,7 +238,6 @@ class UpcyclingTrainer(Trainer):
                     "stage": self.stage.name,
                     "step": step,
                     "tokens": self.tokens_before + step * int(self.stage.batch_tokens),
-                    "loss": logs["loss"],
                     **means,
                     "grad_norm": logs.get("grad_norm"),
                     "lr": logs.get("learning_rate"),
@@ -232,50 +245,85 @@ class UpcyclingTrainer(Trainer):
                     "recall": self.routing.get("recall"),
                     "retained": self.routing.get("retained"),
                 }
-                with self.metrics_file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_line(self.metrics_file, row)
         super().log(logs, start_time)
 
     def _loss_parts(self) -> dict[str, float | None]:
         """Means since the last line, over steps and processes: nats per token, and the mean auxiliary loss."""
-        passes = self.args.gradient_accumulation_steps
-        # A pass holds its share of the step's tokens, so the language-model parts of a step's passes add up.
-        sums = [[part[key] for part in self.parts if key in part] for key in ("ce", "kd", "aux")]
-        scales = (passes * self.args.world_size, passes * self.args.world_size, 1)
+        scales = self._scales()
+        local = {key: _mean([part[key] for part in self.parts if key in part]) for key in scales}
         self.parts = []
-        local = [_mean(values) for values in sums]
-        reduced = [
-            None if value is None else self.accelerator.reduce(torch.tensor(value, device=self.args.device), "mean")
-            for value in local
-        ]
-        return {
-            key: None if value is None else value.item() * scale
-            for key, value, scale in zip(("ce", "kd", "aux"), reduced, scales, strict=True)
+        reduced = {
+            key: self.accelerator.reduce(torch.tensor(value, device=self.args.device), "mean").item() * scales[key]
+            for key, value in local.items()
+            if value is not None
         }
+        return {key: reduced.get(key) for key in scales}
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def _scales(self) -> dict[str, int]:
+        """By what the mean over passes and processes of each part of the loss gives that of a step."""
+        passes = self.args.gradient_accumulation_steps
+        # A pass holds its share of the step's tokens, so the language-model parts of a step's passes add up. The loss
+        # is the one that is differentiated, with the number of processes in it.
+        return {"loss": passes, "ce": passes * self.args.world_size, "kd": passes * self.args.world_size, "aux": 1}
+
+    def own_state(self) -> dict[str, Any]:
+        """The steps that the next line of metrics.jsonl covers already; the lines before it are on disk after this."""
+        if self.metrics_file is not None and self.is_world_process_zero() and self.metrics_file.is_file():
+            sync(self.metrics_file)
+        passes, scales = self.args.gradient_accumulation_steps, self._scales()
+        everywhere = gather_object([self.parts])
+        steps = []
+        for first in range(0, len(self.parts), passes):
+            same = [part for parts in everywhere for part in parts[first : first + passes]]
+            steps.append({key: sum(part[key] for part in same) / len(same) * scales[key] for key in same[0]})
+        return {"open_line": steps}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Take up what `own_state` gave, also with another number of processes."""
+        scales, passes = self._scales(), self.args.gradient_accumulation_steps
+        shares = [{key: value / scales[key] for key, value in step.items()} for step in state["open_line"]]
+        self.parts = [share for share in shares for _ in range(passes)]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the Trainer, with the attention of the document mask, and the router's precision.
 
-        Where autocast is on, the router's float32 products have bfloat16 input precision.
+        Where autocast is on, the router's float32 products have bfloat16 input precision. SIGTERM, SIGUSR1 or Ctrl-C
+        lets the step end and saves a checkpoint; `Interrupted` is raised after that.
         """
         self.started = time.time()
-        with ExitStack() as stack:
-            stack.enter_context(document_attention(*self.attending))
-            if self.stage.bf16:
-                stack.enter_context(bf16_router_products())
-            return super().train(*args, **kwargs)
+        step, self.parts = 0, []
+        if resume_from_checkpoint is True:
+            last = last_whole_checkpoint(Path(str(self.args.output_dir)))
+            resume_from_checkpoint = None if last is None else str(last)
+        if isinstance(resume_from_checkpoint, str):
+            step = checkpoint_step(Path(resume_from_checkpoint))
+            self.load_own_state(read_own_state(Path(resume_from_checkpoint)))
+        if self.args.should_save:
+            remove_leftovers(Path(str(self.args.output_dir)))
+        if self.metrics_file is not None and self.is_world_process_zero():
+            trim_record(self.metrics_file, self.name, self.tokens_before + step * int(self.stage.batch_tokens))
+        products = bf16_router_products() if self.stage.bf16 else nullcontext()
+        listening = self.stop.request.listening(processes=self.args.world_size, say=self.is_world_process_zero())
+        with listening, products, document_attention(*self.attending):
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            if not self.stop.signum and self.stop.agree(self.args):
+                self._save_checkpoint(self.model_wrapped, None)
+        if self.stop.signum:
+            raise Interrupted(
+                f"{signal.Signals(self.stop.signum).name} stopped the training of the {self.name} model after step "
+                f"{self.state.global_step} of {self.state.max_steps}; its checkpoint is in {self.args.output_dir}",
+                self.stop.signum,
+            )
+        return result
 
 
 def _is_logged(stage: Stage, step: int) -> bool:
-    """Whether `step` ends with a line in the record: every log_steps, at the end, and at each checkpoint.
-
-    A line covers the steps since the one before; without one at a checkpoint, a resumed run's first line would differ.
-    """
-    is_saved = stage.save_steps > 0 and step % stage.save_steps == 0
-    return step % stage.log_steps == 0 or step == stage.steps or is_saved
+    """Whether `step` ends with a line in the record, which covers the steps since the one before."""
+    return step % stage.log_steps == 0 or step == stage.steps
 
 
-class _LogAtCheckpoints(TrainerCallback):
+class _LogAtTheEnd(TrainerCallback):
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
 
