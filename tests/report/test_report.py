@@ -192,17 +192,17 @@ def test_columns_that_were_not_run_say_so(tmp_path: Path) -> None:
 
 def test_a_narrow_model_has_a_column_where_it_was_trained(tmp_path: Path) -> None:
     summary = write_run(tmp_path)
-    assert "narrow</th>" not in write_report(tmp_path).read_text()
-    summary["narrow"] = column(random.Random(1), 3.123456, 409_600, 0.25)
+    assert "dense_narrow</th>" not in write_report(tmp_path).read_text()
+    summary["dense_narrow"] = column(random.Random(1), 3.123456, 409_600, 0.25)
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    line = json.dumps({"model": "narrow", "step": 5, "tokens": 5120, "ce": 3.5, "recall": None})
+    line = json.dumps({"model": "dense_narrow", "step": 5, "tokens": 5120, "ce": 3.5, "recall": None})
     with (tmp_path / "metrics.jsonl").open("a") as metrics:
         metrics.write(line + "\n")
     text = write_report(tmp_path).read_text()
-    assert '<th scope="col">narrow</th>' in text
+    assert '<th scope="col">dense_narrow</th>' in text
     assert "<td>3.1235</td>" in text
     assert "Training cross entropy: companion" in text
-    assert re.search(r'aria-label="Training cross entropy: [^"]*narrow from 3.500', text)
+    assert re.search(r'aria-label="Training cross entropy: [^"]*dense_narrow from 3.500', text)
 
 
 def test_recall_is_mapped_over_layers_and_tokens(tmp_path: Path) -> None:
