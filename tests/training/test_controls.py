@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from bankwise.config import Recipe, SparsityConfig, Stage
 from bankwise.errors import ConfigError
+from bankwise.evaluation.routing import routing_statistics
 from bankwise.ffn import sparse_layers
 from bankwise.models.checkpoint import save_checkpoint
+from bankwise.repair.changes import check_sparse
 from bankwise.training import parameter_groups, select_trained, train_stages, trained_tokens
 from bankwise.training.controls import (
     check_controls,
@@ -174,6 +176,28 @@ def test_a_cache_and_padding_change_no_token(name, derive, tokens):
         rest = control(ids[:, 10:], past_key_values=first.past_key_values, use_cache=True)
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], dim=1), whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits(control, ids[1:]), whole[1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_routing_of_a_control_is_measured_as_it_is(name, derive, tokens):
+    _, control = derive(name)
+    found = routing_statistics(control, {"ids": tokens(4, 64)})
+    by_bank = name != "oracle_global"
+    assert found["active_per_bank"]["expected"] == (16 if by_bank else None)
+    assert found["active_per_bank"]["violations"] == 0
+    assert found["active_fraction"] == 0.25
+    assert found["ffn_bytes_fraction"] == (1.0 if "oracle" in name else 0.25)
+    for layer in found["layers"]:
+        assert layer["margin"] is None
+        kept = layer["retained_energy"]
+        best = layer["retained_energy_oracle" if by_bank else "retained_energy_global"]
+        assert kept == best if "oracle" in name else kept < 0.5 * best
+
+
+def test_a_control_without_router_is_neither_scanned_nor_repaired(derive):
+    with pytest.raises(ConfigError, match=r"selection='oracle_bank'.*no routing to scan"):
+        check_sparse(derive("oracle_bank")[1])
+    assert len(check_sparse(derive("random_predictor")[1])) == 2
 
 
 # Training
