@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -269,6 +270,21 @@ def test_all_models_of_a_run_read_the_same_rows_in_the_same_order(recipe, monkey
     bankwise.run(recipe(controls=names), quiet=True)
     assert set(read) == {"companion", "sparse", *names}
     assert all(torch.equal(torch.cat(batches), torch.cat(read["sparse"])) for batches in read.values())
+
+
+def test_one_model_is_in_memory_beside_the_dense_one(recipe, monkeypatch):
+    made, alive = [], {}
+    create = UpcyclingTrainer.__init__
+
+    def watched(self, model, *args, **settings):
+        alive[settings["name"]] = [name for name, seen in made if seen() is not None]
+        made.append((settings["name"], weakref.ref(model)))
+        create(self, model, *args, **settings)
+
+    monkeypatch.setattr(UpcyclingTrainer, "__init__", watched)
+    bankwise.run(recipe(controls=["dense_narrow", "detached", "random_fixed"]), quiet=True)
+    assert list(alive) == ["companion", "sparse", "dense_narrow", "detached", "random_fixed"]
+    assert not any(alive.values()), alive
 
 
 def test_controls_may_grow_on_resume_and_nothing_that_is_done_is_trained_again(controlled, tmp_path):

@@ -4,6 +4,7 @@ Everything that a step hands to the next one is a file in the run's folder, so a
 where it stopped.
 """
 
+import gc
 import json
 import shutil
 import time
@@ -130,6 +131,7 @@ def _upcycle_and_train(
         summary["sparse"] = summary["untrained"]
         continuations["sparse"] = job.continuation(conversion)
     del conversion
+    _free_memory()
 
     if recipe.stages:
         companion = None
@@ -138,16 +140,19 @@ def _upcycle_and_train(
             summary[COMPANION] = job.row(COMPANION, companion)
         teacher = _teacher(recipe, dense.model, companion)
         del companion
+        _free_memory()
         sparse, _ = load_checkpoint(folder / "untrained", dtype=torch.float32)
         summary["sparse"] = job.row("sparse", sparse, teacher)
         continuations["sparse"] = job.continuation(sparse)
         del sparse
+        _free_memory()
         for name in recipe.controls:
             control = control_model(name, recipe, dense.model, folder / "untrained", job.data.calibration, fraction)
             summary[name] = job.row(name, control, teacher)
             if name == DENSE_NARROW:
                 summary[name] |= {"active_fraction": fraction, "ffn_bytes_fraction": fraction}
             del control
+            _free_memory()
 
     if recipe.eval.prompt:
         summary["continuations"] = continuations
@@ -386,6 +391,13 @@ def conversion_line(report: dict[str, Any]) -> str:
     lines += [f"  {name:36} {value:.3f} -> {report['after'][name]:.3f}" for name, value in report["before"].items()]
     lines.append("  (dense, original order, closed form -> converted, bank layout, refined)")
     return "\n".join(lines)
+
+
+def _free_memory() -> None:
+    """Take back what a dropped model held: a trainer and its callbacks, or a model and its forward, name each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass(kw_only=True)

@@ -178,6 +178,31 @@ def test_markdown_and_terminal_have_the_table_of_the_page(tmp_path: Path) -> Non
     assert max(map(len, terminal)) <= 80
 
 
+def test_controls_stand_below_companion_and_sparse_with_recall_bytes_and_tokens(tmp_path: Path) -> None:
+    summary = write_run(tmp_path)
+    assert "<caption>Controls</caption>" not in write_report(tmp_path).read_text()
+    rng = random.Random(2)
+    summary["oracle_bank"] = column(rng, 3.0, 204_800, 0.25) | {"recall": 1.0, "ffn_bytes_fraction": 1.0}
+    summary["random_fixed"] = column(rng, 4.5, 204_800, 0.25) | {"recall": 0.2504, "ffn_bytes_fraction": 0.25}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    text = write_report(tmp_path).read_text()
+    parse(text)
+    table = text[text.index("<caption>Controls</caption>") :]
+    rows = re.findall(r'<tr><th scope="row">([^<]*)</th>(.*?)</tr>', table[: table.index("</table>")])
+    assert [name for name, _ in rows] == ["companion", "sparse", "random_fixed", "oracle_bank"]
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", rows[2][1])
+    error = f"{summary['random_fixed']['standard_error']:.4f}"
+    to_sparse = f"{4.5 - summary['sparse']['loss']:+.4f}"
+    assert cells == ["4.5000", error, "+1.5200", to_sparse, "0.250", "25 %", "25 %", "204,800"]
+    assert "random_fixed: random channels of each bank" in table
+    assert "random_fixed" in text[text.index('aria-label="Held-out loss') :][:2000]
+    del summary["companion"], summary["closed"]
+    line = next(line for line in summary_table(summary).splitlines() if line.startswith("random_fixed"))
+    assert line.split()[3:5] == ["n/a", to_sparse]
+    with pytest.raises(DataError, match=r"random_fixed\.loss='low'"):
+        summary_table(summary | {"random_fixed": summary["random_fixed"] | {"loss": "low"}})
+
+
 def test_columns_that_were_not_run_say_so(tmp_path: Path) -> None:
     summary = write_run(tmp_path, without=("companion", "closed", "continuations"))
     page = write_report(tmp_path).read_text()
