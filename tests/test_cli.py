@@ -139,7 +139,7 @@ def test_eval_of_a_run_measures_all_its_models_and_writes_the_report(recipe, tmp
     out = capsys.readouterr().out
     report = json.loads((run / "report.json").read_text())
     names = [column["name"] for column in report["columns"]]
-    assert names == ["dense", "companion", "narrow", "untrained", "sparse", "cats", "random_fixed"]
+    assert names == ["dense", "companion", "dense_narrow", "untrained", "sparse", "cats", "random_fixed"]
     assert report["reference"] == "companion"
     assert [column["active_fraction"] for column in report["columns"]][:5] == [1.0, 1.0, 0.25, 0.25, 0.25]
     assert str(run / "report.html") in out
@@ -147,10 +147,10 @@ def test_eval_of_a_run_measures_all_its_models_and_writes_the_report(recipe, tmp
         assert (run / name).stat().st_mtime >= (run / "report.json").stat().st_mtime
     summary = json.loads((run / "summary.json").read_text())
     losses = next(row for row in report["measures"] if row["metric"] == "loss")["columns"]
-    for name in ("dense", "companion", "narrow", "untrained", "sparse"):
+    for name in ("dense", "companion", "dense_narrow", "untrained", "sparse"):
         assert losses[name]["value"] == pytest.approx(summary[name]["loss"], rel=1e-4)
     speeds = {name: details.get("speed") for name, details in report["details"].items()}
-    assert {name for name, speed in speeds.items() if speed} == {"dense", "narrow", "sparse"}
+    assert {name for name, speed in speeds.items() if speed} == {"dense", "dense_narrow", "sparse"}
     assert speeds["sparse"]["decode_tokens_per_second"] > 0
     assert "decode ratio to dense" in (run / "report.md").read_text()
     assert main(["report", str(run)]) == 0

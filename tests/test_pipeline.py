@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import bankwise
 from bankwise.config import load_recipe
 from bankwise.errors import ConfigError, DataError, ModelLoadError
 from bankwise.pipeline import load_data
+from bankwise.report import summary_table
 from bankwise.training import UpcyclingTrainer
 
 FILES = {
@@ -197,6 +199,126 @@ def test_a_run_prints_its_progress_unless_quiet(recipe, capsys):
     assert capsys.readouterr().out == ""
 
 
+# Controls
+
+CONTROL_NAMES = ["random_predictor", "oracle_bank", "post_hoc", "dense_narrow"]
+
+
+@pytest.fixture(scope="module")
+def controlled(model, texts, tmp_path_factory) -> bankwise.RunResult:
+    """A run with a predictor warm-up, a sparse stage, and controls of every kind."""
+    settings = tiny_recipe(model, texts, tmp_path_factory.mktemp("runs") / "run", controls=CONTROL_NAMES[:2])
+    warm_up = settings["stages"][0] | {"trains": "predictor", "tokens": 128, "aux_weight": 1.0}
+    settings["stages"].insert(0, warm_up)
+    first = bankwise.run(settings, quiet=True)
+    assert set(first.summary) & set(CONTROL_NAMES) == {"random_predictor", "oracle_bank"}
+    more = f"controls={json.dumps(CONTROL_NAMES)}"
+    return bankwise.run(first.folder / "recipe.yaml", overrides=[more], resume=True, quiet=True)
+
+
+def test_controls_are_rows_of_the_summary_and_folders_of_the_run(controlled):
+    summary = controlled.summary
+    for name, tokens, active, bytes_read in (
+        ("companion", 256, 1.0, 1.0),
+        ("sparse", 384, 0.25, None),
+        ("random_predictor", 256, 0.25, None),
+        ("oracle_bank", 256, 0.25, 1.0),
+        ("post_hoc", 384, 0.25, None),
+        ("dense_narrow", 256, 0.25, 0.25),
+    ):
+        row = summary[name]
+        assert (row["tokens"], row["active_fraction"], row["n"]) == (tokens, active, 4)
+        assert row["ffn_bytes_fraction"] == (bytes_read or summary["sparse"]["ffn_bytes_fraction"])
+        folder = controlled.checkpoint if name == "sparse" else controlled.folder / name
+        assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 261
+    assert summary["companion"]["recall"] is summary["dense_narrow"]["recall"] is None
+    assert summary["oracle_bank"]["recall"] == 1.0
+    assert summary["random_predictor"]["recall"] == pytest.approx(0.25, abs=0.05)
+    assert all(0.5 < summary[name]["recall"] < 1.0 for name in ("untrained", "sparse", "post_hoc"))
+    assert not (controlled.folder / "training").exists()
+
+
+def test_the_oracle_learns_more_than_random_routing(controlled):
+    summary = controlled.summary
+    assert summary["oracle_bank"]["loss"] < summary["random_predictor"]["loss"]
+    assert summary["post_hoc"]["loss"] != summary["untrained"]["loss"]
+
+
+def test_controls_have_their_table_on_the_terminal_and_on_the_page(controlled):
+    table = summary_table(controlled.summary)
+    rows = {line.split()[0]: line.split() for line in table.splitlines() if line.strip()}
+    for name in CONTROL_NAMES:
+        row = controlled.summary[name]
+        assert rows[name][1] == f"{row['loss']:.4f}"
+        assert rows[name][5] == ("n/a" if row["recall"] is None else f"{row['recall']:.3f}")
+        assert rows[name][-1] == f"{row['tokens']:,}"
+    page = controlled.report.read_text()
+    assert "<caption>Controls</caption>" in page
+    assert all(f'<th scope="row">{name}</th>' in page for name in CONTROL_NAMES)
+
+
+def test_all_models_of_a_run_read_the_same_rows_in_the_same_order(recipe, monkeypatch):
+    read: dict[str, list] = {}
+    step = UpcyclingTrainer.training_step
+
+    def watched(self, model, inputs, *args):
+        read.setdefault(self.name, []).append(inputs["input_ids"])
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(UpcyclingTrainer, "training_step", watched)
+    names = ["random_per_token", "oracle_global", "detached", "dense_narrow"]
+    bankwise.run(recipe(controls=names), quiet=True)
+    assert set(read) == {"companion", "sparse", *names}
+    assert all(torch.equal(torch.cat(batches), torch.cat(read["sparse"])) for batches in read.values())
+
+
+def test_one_model_is_in_memory_beside_the_dense_one(recipe, monkeypatch):
+    made, alive = [], {}
+    create = UpcyclingTrainer.__init__
+
+    def watched(self, model, *args, **settings):
+        alive[settings["name"]] = [name for name, seen in made if seen() is not None]
+        made.append((settings["name"], weakref.ref(model)))
+        create(self, model, *args, **settings)
+
+    monkeypatch.setattr(UpcyclingTrainer, "__init__", watched)
+    bankwise.run(recipe(controls=["dense_narrow", "detached", "random_fixed"]), quiet=True)
+    assert list(alive) == ["companion", "sparse", "dense_narrow", "detached", "random_fixed"]
+    assert not any(alive.values()), alive
+
+
+def test_controls_may_grow_on_resume_and_nothing_that_is_done_is_trained_again(controlled, tmp_path):
+    settings = load_recipe(controlled.folder / "recipe.yaml", [f"output={tmp_path / 'whole'}"])
+    assert settings.controls == CONTROL_NAMES
+    whole = bankwise.run(settings, quiet=True)
+    for name in ("dense", "untrained", "companion", "sparse", *CONTROL_NAMES):
+        assert whole.summary[name] == controlled.summary[name]
+    # A model that was trained twice would have its lines twice.
+    assert [row["model"] for row in rows(controlled.folder)] == [row["model"] for row in rows(whole.folder)]
+
+
+@pytest.mark.parametrize("change", [["controls=[oracle_bank]"], ["controls=[]"], ["seed=3"]], ids=str)
+def test_a_resumed_run_keeps_its_controls_and_everything_else(controlled, change):
+    before = (controlled.folder / "recipe.yaml").read_text()
+    with pytest.raises(ConfigError, match="only its controls may grow"):
+        bankwise.run(controlled.folder / "recipe.yaml", overrides=change, resume=True, quiet=True)
+    assert (controlled.folder / "recipe.yaml").read_text() == before
+
+
+def test_an_interrupted_control_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch):
+    changes = {"stage": {"save_steps": 2}, "controls": ["random_fixed"], "companion": False}
+    whole = bankwise.run(recipe(**changes, output=str(tmp_path / "whole")), quiet=True)
+    settings = recipe(**changes)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, "random_fixed", passes=5)
+        with pytest.raises(KeyboardInterrupt):
+            bankwise.run(settings, quiet=True)
+    interrupt_after(monkeypatch, "random_fixed", passes=4)  # two steps of two passes are left
+    resumed = bankwise.run(settings, resume=True, quiet=True)
+    assert resumed.summary["random_fixed"] == whole.summary["random_fixed"]
+    assert without_time(rows(resumed.folder)) == without_time(rows(whole.folder))
+
+
 # Data
 
 
@@ -289,6 +411,8 @@ def test_training_does_not_overwrite_the_checkpoint_that_it_starts_from(finished
         ({"data": [{"path": "text.pdf"}]}, DataError, "text.pdf does not exist"),
         ({"eval": {"windows": 1000, "seq_len": 64}}, DataError, "ask for fewer"),
         ({"stage": {"trains": "predictor"}}, ConfigError, "companion: false"),
+        ({"stages": [], "controls": ["post_hoc"]}, ConfigError, "no stages"),
+        ({"sparsity": {"center": "ema"}, "controls": ["oracle_bank"]}, ConfigError, "center='ema'"),
     ],
 )
 def test_what_cannot_work_leaves_nothing_behind(recipe, change, error, words):

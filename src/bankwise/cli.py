@@ -109,7 +109,7 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--suites", type=_names, help="suites to run, comma-separated: ruler,cwe")
     for name, label in COLUMNS.items():
         text = f"model of the column {label!r}"
-        sub.add_argument(f"--{name}", metavar="MODEL", help=text)
+        sub.add_argument(f"--{name.replace('_', '-')}", metavar="MODEL", help=text)
     for name, baseline in BASELINES.items():
         sub.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=f"baseline: {baseline.description}")
     sub.add_argument("--data", type=_names, help="text sources of the held-out loss, comma-separated; as in a recipe")

@@ -5,7 +5,7 @@ Everything that can be refused before loading is refused here with the same erro
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,13 @@ from bankwise.training.budget import (
     token_flops,
     trained_parameters,
 )
+from bankwise.training.controls import DENSE_NARROW, control_sparsity, control_stages
 from bankwise.training.memory import Memory, Sharding, step_memory
 from bankwise.training.rope import changed_rope
 from bankwise.upcycle.loading import load_shape
 from bankwise.upcycle.narrow import kept_channels
 
 _FLOAT32 = 4
-_WITH_ROUTER = ("sparse", "detached", "post_hoc")
-"""Models whose predictors learn. The other controls count as the sparse model where they have its shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +156,13 @@ def _others(recipe: Recipe, dense: Any, sparse: Any, sparsity: SparsityConfig) -
     if recipe.companion:
         others["companion"] = dense
     for control in recipe.controls:
-        others[control] = sparse
-        if control == "dense_narrow":
+        if control == DENSE_NARROW:
             others[control] = copy.deepcopy(dense)
             share = sum(_active_shares(sparsity, dense.num_hidden_layers)) / dense.num_hidden_layers
             others[control].intermediate_size = kept_channels(dense.intermediate_size, share, "FFN channels")
+        else:
+            others[control] = copy.deepcopy(sparse)
+            others[control].sparsity = control_sparsity(control, recipe).to_dict()
     return others
 
 
@@ -194,8 +195,9 @@ def _stage_budget(
     teacher = teacher_flops(dense, stage)
     step_flops = {}
     for name, config in students.items():
-        own = replace(stage, trains="predictor", aux_weight=stage.aux_weight or 1.0) if name == "post_hoc" else stage
-        if own.trains == "predictor" and name not in _WITH_ROUTER:
+        (own,) = control_stages(name, [stage])
+        own_sparsity = sparsity_of(config)
+        if own.trains == "predictor" and (own_sparsity is None or not own_sparsity.trains_predictor):
             continue  # it has no predictor to train alone
         step_flops[name] = tokens * (token_flops(config, own).total + (0 if name == "companion" else teacher))
     shardings: Sequence[Sharding] = ("none",) if processes == 1 else ("ddp", "fsdp2")
@@ -268,4 +270,4 @@ def _writes(recipe: Recipe, models: dict[str, nn.Module], *, with_report: bool) 
 
 
 def _folder_of(name: str) -> str:
-    return {"sparse": "checkpoint/", "dense_narrow": "narrow/"}.get(name, f"{name}/")
+    return "checkpoint/" if name == "sparse" else f"{name}/"

@@ -14,7 +14,7 @@ from bankwise.report import write_report
 
 _RUN_FOLDERS = {
     "companion": "companion",
-    "narrow": "narrow",
+    "dense_narrow": "dense_narrow",
     "untrained": "untrained",
     "sparse": "checkpoint",
     "repaired": "repaired",

@@ -5,11 +5,12 @@ where it stopped.
 """
 
 import functools
+import gc
 import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,21 @@ from bankwise.config import Recipe, dump_recipe, load_plan, load_recipe
 from bankwise.data import TrainingRows, held_out_windows, mixed_windows, training_rows
 from bankwise.errors import ConfigError
 from bankwise.evaluation.evaluator import check_models
-from bankwise.evaluation.perplexity import active_fraction, perplexity
+from bankwise.evaluation.perplexity import active_fraction, perplexity_and_recall
 from bankwise.evaluation_report import plan_values, report_models, run_models
 from bankwise.ffn.allocator import keep_freed_memory
 from bankwise.files import remove_leftovers, write_json, write_text
 from bankwise.inference import generate_text
 from bankwise.models.checkpoint import load_checkpoint, save_checkpoint
+from bankwise.models.cost import token_cost
 from bankwise.models.modeling import use_chunked_loss
 from bankwise.provenance import environment
 from bankwise.report import write_report
-from bankwise.training import train_stages, trained_tokens
+from bankwise.training import COMPANION, train_stages, trained_tokens
+from bankwise.training.controls import DENSE_NARROW, check_controls, control_model, control_stages
 from bankwise.training.stages import remove_empty
 from bankwise.upcycle import convert, load_dense
 from bankwise.upcycle.loading import LoadedDense
-from bankwise.upcycle.narrow import narrow_dense
 
 
 @dataclass
@@ -104,52 +106,58 @@ def run(
 def _upcycle_and_train(
     recipe: Recipe, folder: Path, say: "_Speaker", *, resume: bool, overwrite: bool, quiet: bool
 ) -> dict[str, Any]:
-    """Convert, train and measure; every model is on disk when this returns, and none is in memory."""
+    """Convert, train and measure. Every model goes to disk; beside the dense one and the teacher, memory holds one."""
     started = time.time()
     say(f"loading {recipe.model}")
     dense = load_dense(recipe.model)
-    tokenizer = dense.tokenizer
-    assert tokenizer is not None
+    assert dense.tokenizer is not None
     check_model(recipe, dense.model.config)
-    data = load_data(recipe, tokenizer, progress=not quiet)
+    job = _Job(
+        recipe=recipe, data=load_data(recipe, dense.tokenizer, progress=not quiet), folder=folder,
+        tokenizer=dense.tokenizer, resume=resume, quiet=quiet,
+    )  # fmt: skip
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     summary: dict[str, Any] = {}
 
-    untrained = _converted(recipe, dense, data, folder, say, quiet)
+    conversion = _converted(recipe, dense, job.data, folder, say, quiet)
     summary["calibration"] = json.loads((folder / "upcycle.json").read_text(encoding="utf-8"))
     say("measuring the dense model and the untrained conversion")
-    summary["dense"] = measure(recipe, dense.model, data, tokens=0)
-    summary["untrained"] = measure(recipe, untrained, data, tokens=0)
-    continuations = {"prompt": recipe.eval.prompt}
-    if recipe.eval.prompt:
-        continuations["dense"] = _continue(recipe, dense.model, tokenizer)
-
-    companion: PreTrainedModel | None = None
-    if recipe.stages and recipe.companion:
-        companion = load_dense(recipe.model, tokenizer=False).model
-        trained = train_model(recipe, companion, data, folder, "companion", tokenizer, resume=resume, quiet=quiet)
-        summary["companion"] = measure(recipe, companion, data, tokens=trained)
-    if recipe.stages:
-        teacher = _teacher(recipe, dense.model, companion)
-        if "dense_narrow" in recipe.controls:
-            fraction = summary["untrained"]["active_fraction"]
-            narrow = narrow_dense(dense.model, fraction, calibration=data.calibration)
-            trained = train_model(
-                recipe, narrow, data, folder, "narrow", tokenizer, teacher=teacher, resume=resume, quiet=quiet
-            )
-            summary["narrow"] = measure(recipe, narrow, data, tokens=trained) | {"active_fraction": fraction}
-        trained = train_model(
-            recipe, untrained, data, folder, "sparse", tokenizer, teacher=teacher, resume=resume, quiet=quiet
-        )
-        summary["sparse"] = measure(recipe, untrained, data, tokens=trained)
-    else:
-        save_checkpoint(untrained, tokenizer, folder / "checkpoint")
+    summary["dense"] = measure(recipe, dense.model, job.data, tokens=0)
+    summary["untrained"] = measure(recipe, conversion, job.data, tokens=0)
+    continuations = {"prompt": recipe.eval.prompt, "dense": job.continuation(dense.model)}
+    fraction = summary["untrained"]["active_fraction"]
+    if not recipe.stages:
+        save_checkpoint(conversion, dense.tokenizer, folder / "checkpoint")
         summary["sparse"] = summary["untrained"]
+        continuations["sparse"] = job.continuation(conversion)
+    del conversion
+    _free_memory()
+
+    if recipe.stages:
+        companion = None
+        if recipe.companion:
+            companion = load_dense(recipe.model, tokenizer=False).model
+            summary[COMPANION] = job.row(COMPANION, companion)
+        teacher = _teacher(recipe, dense.model, companion)
+        del companion
+        _free_memory()
+        sparse, _ = load_checkpoint(folder / "untrained", dtype=torch.float32)
+        summary["sparse"] = job.row("sparse", sparse, teacher)
+        continuations["sparse"] = job.continuation(sparse)
+        del sparse
+        _free_memory()
+        for name in recipe.controls:
+            control = control_model(name, recipe, dense.model, folder / "untrained", job.data.calibration, fraction)
+            summary[name] = job.row(name, control, teacher)
+            if name == DENSE_NARROW:
+                summary[name] |= {"active_fraction": fraction, "ffn_bytes_fraction": fraction}
+            del control
+            _free_memory()
+
     if recipe.eval.prompt:
-        continuations["sparse"] = _continue(recipe, untrained, tokenizer)
         summary["continuations"] = continuations
-    if "companion" in summary:
-        gap = summary["untrained"]["loss"] - summary["companion"]["loss"]
+    if COMPANION in summary:
+        gap = summary["untrained"]["loss"] - summary[COMPANION]["loss"]
         summary["closed"] = (summary["untrained"]["loss"] - summary["sparse"]["loss"]) / gap if gap else None
     summary["provenance"] = provenance(recipe, dense, time.time() - started)
     return summary
@@ -184,12 +192,7 @@ def train(
 
 def check_run(recipe: Recipe) -> None:
     """Refuse a recipe that `run` could not go through with, whatever the model."""
-    has_dense = recipe.companion or "dense_narrow" in recipe.controls
-    if has_dense and recipe.stages and all(stage.trains == "predictor" for stage in recipe.stages):
-        raise ConfigError(
-            "trains='predictor' in every stage leaves a dense model nothing to train; set companion: false and take "
-            "dense_narrow out of controls"
-        )
+    check_controls(recipe)
 
 
 def check_train(recipe: Recipe) -> None:
@@ -227,11 +230,16 @@ def check_folder(
                 f"{folder} already holds files; continue that run with --resume, replace it with --overwrite, "
                 "or choose another folder with output=..."
             )
-        elif not saved.is_file() or load_recipe(saved) != recipe:
+        elif not saved.is_file() or not _continues(recipe, load_recipe(saved)):
             raise ConfigError(
                 f"{folder} was started with another recipe, so it cannot be resumed with this one; "
-                f"use the recipe in {saved}, or choose another folder with output=..."
+                f"use the recipe in {saved} (only its controls may grow), or choose another folder with output=..."
             )
+
+
+def _continues(recipe: Recipe, saved: Recipe) -> bool:
+    """Whether `recipe` is the saved one, with more controls or without."""
+    return set(saved.controls) <= set(recipe.controls) and replace(saved, controls=recipe.controls) == recipe
 
 
 def check_model(recipe: Recipe, config: Any) -> None:
@@ -301,9 +309,17 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: b
 
 def measure(recipe: Recipe, model: PreTrainedModel, data: RunData, *, tokens: int) -> dict[str, Any]:
     """One row of the final table."""
-    result = perplexity(model, data.held_out, batch_size=recipe.eval.batch_size, bf16=recipe.eval.bf16).to_dict()
-    first = next(iter(data.held_out.values()))[:1]
-    return result | {"tokens": tokens, "active_fraction": active_fraction(model, first)}
+    result, recall = perplexity_and_recall(
+        model, data.held_out, batch_size=recipe.eval.batch_size, bf16=recipe.eval.bf16
+    )
+    active = active_fraction(model, next(iter(data.held_out.values()))[:1])
+    cost = token_cost(model.config, dtype_bytes=model.dtype.itemsize, active_fraction=active)
+    return result.to_dict() | {
+        "tokens": tokens,
+        "active_fraction": active,
+        "ffn_bytes_fraction": cost.ffn_bytes_fraction,
+        "recall": recall,
+    }
 
 
 def train_model(
@@ -320,20 +336,22 @@ def train_model(
 ) -> int:
     """Train `model` in place on the recipe's stages, save it, and return the tokens it has seen.
 
-    `name` is `sparse` (saved as checkpoint/), `companion` or `narrow`. With `resume`, a finished training is loaded
+    `name` is `sparse` (saved as checkpoint/), `companion` or a control's. With `resume`, a finished training is loaded
     instead, and an unfinished one goes on from its last checkpoint.
     """
     target = folder / ("checkpoint" if name == "sparse" else name)
+    stages = control_stages(name, recipe.stages)
+    is_dense = name in (COMPANION, DENSE_NARROW)
     if resume and (target / "config.json").is_file():
-        finished = load_checkpoint(target)[0] if name == "sparse" else load_dense(target, tokenizer=False).model
+        finished = load_dense(target, tokenizer=False).model if is_dense else load_checkpoint(target)[0]
         model.load_state_dict(finished.state_dict())
-        return trained_tokens(model, recipe.stages)
-    if name != "sparse":
+        return trained_tokens(model, stages)
+    if is_dense:
         use_chunked_loss(model)
     work = folder / "training" / name
     tokens = train_stages(
         model,
-        recipe.stages,
+        stages,
         data.rows,
         work,
         name=name,
@@ -394,8 +412,39 @@ def conversion_line(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _continue(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    return generate_text(model.eval(), tokenizer, recipe.eval.prompt, max_new_tokens=recipe.eval.new_tokens)
+def _free_memory() -> None:
+    """Take back what a dropped model held: a trainer and its callbacks, or a model and its forward, name each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """What the trainings of a run share."""
+
+    recipe: Recipe
+    data: RunData
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    resume: bool
+    quiet: bool
+
+    def row(self, name: str, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> dict[str, Any]:
+        """Train and measure `model`: its row of the final table."""
+        tokens = train_model(
+            self.recipe, model, self.data, self.folder, name, self.tokenizer,
+            teacher=teacher, resume=self.resume, quiet=self.quiet,
+        )  # fmt: skip
+        return measure(self.recipe, model, self.data, tokens=tokens)
+
+    def continuation(self, model: PreTrainedModel) -> str:
+        """Of the recipe's prompt, greedy; empty where it has none."""
+        if not self.recipe.eval.prompt:
+            return ""
+        return generate_text(
+            model.eval(), self.tokenizer, self.recipe.eval.prompt, max_new_tokens=self.recipe.eval.new_tokens
+        )
 
 
 class _Speaker:

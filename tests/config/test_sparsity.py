@@ -37,6 +37,12 @@ REJECTED = [
     ({"gate_mode": "default_ema", "center": "mean"}, ["'default_ema'", "center='mean'", "center='off'", "'ste_unit'"]),
     ({"gate_mode": "detached", "predictor_grad": "lm"}, ["'detached'", "predictor_grad='lm'", "predictor_grad='aux'"]),
     ({"gate_mode": "hard", "predictor_grad": "lm"}, ["'hard'", "predictor_grad='lm'", "predictor_grad='aux'"]),
+    ({"selection": "oracle"}, ["selection='oracle'", "oracle_bank", "random_per_token"]),
+    ({"selection": "oracle_global", "gate_mode": "stat_topk"}, ["'oracle_global'", "'stat_topk'", "'hard'"]),
+    ({"selection": "oracle_bank", "gate_mode": "relu_rms"}, ["'oracle_bank'", "'relu_rms'", "'hard'"]),
+    ({"selection": "random_fixed", "gate_mode": "default_ema"}, ["'random_fixed'", "'default_ema'", "'hard'"]),
+    ({"selection": "oracle_bank", "center": "ema"}, ["'oracle_bank'", "center='ema'", "center='mean'"]),
+    ({"selection_seed": 0.5}, ["selection_seed=0.5", "integer"]),
 ]
 
 
@@ -64,6 +70,9 @@ def test_a_config_error_is_a_user_error_and_a_value_error():
         {"gate_mode": "hard", "predictor_grad": "both"},
         {"gate_mode": "default_ema", "center": "off"},
         {"gate_mode": "affine", "center": "ema"},
+        {"selection": "oracle_global"},
+        {"selection": "random_fixed", "gate_mode": "detached", "center": "ema"},
+        {"predictor_grad": "frozen", "gate_mode": "sigmoid"},
     ],
     ids=str,
 )
@@ -147,7 +156,7 @@ def test_a_config_survives_json():
         active_per_bank=[8, 4, 32],
         predictor_rank=20,
         predictor_form="linear",
-        gate_mode="sigmoid",
+        gate_mode="hard",
         gate_norm="bank_mean_1",
         ste_alpha=0.5,
         ste_tau=2.0,
@@ -156,6 +165,8 @@ def test_a_config_survives_json():
         center="mean",
         bank_layout="coact",
         dense_layers=[1],
+        selection="random_fixed",
+        selection_seed=3,
     )
     default = SparsityConfig()
     for name in (f.name for f in dataclasses.fields(SparsityConfig)):

@@ -14,6 +14,7 @@ from bankwise.errors import ConfigError, ModelLoadError
 from bankwise.evaluation import window_losses
 from bankwise.evaluation.baselines import BASELINES, apply_baseline, rules
 from bankwise.evaluation.baselines.thresholds import MagnitudeHistogram
+from bankwise.ffn.selection import hash_scores
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 CALIBRATED = ["cats", "teal"]
@@ -175,7 +176,7 @@ def test_random_scores_are_the_documented_hash():
         mixed(i ^ (p << 32)) for i, p in zip(ids.tolist(), positions.tolist(), strict=True)
     ]
     expected = [[(mixed((k ^ c) % 2**64) >> 40) / 2**24 for c in channels.tolist()] for k in keys.tolist()]
-    assert rules.hash_scores(keys, channels).tolist() == expected
+    assert hash_scores(keys, channels).tolist() == expected
 
 
 def random_masks(dense, name, ids, **settings):

@@ -160,7 +160,7 @@ def test_suites_that_were_not_run_take_one_line(tmp_path: Path) -> None:
 
 
 def test_a_model_alone_has_no_differences(tmp_path: Path) -> None:
-    page = written(tmp_path, fake_evaluation(without=("dense", "companion", "narrow", "untrained", "repaired")))
+    page = written(tmp_path, fake_evaluation(without=("dense", "companion", "dense_narrow", "untrained", "repaired")))
     assert "no differences and no recoveries" in page
     assert "Δ" not in "".join(row[5] for row in table(page, "By source"))
 
@@ -466,7 +466,7 @@ def put(value: Any, *path: str | int) -> Any:
         (drop("format"), "format is None, not 'bankwise-report/1'"),
         (put("bankwise-report/2", "format"), "format is 'bankwise-report/2'"),
         (put([], "columns"), "columns is a list, not a list with at least one column"),
-        (put("tuned", "columns", 3, "name"), "columns[3].name is 'tuned', not one of dense, companion, narrow"),
+        (put("tuned", "columns", 3, "name"), "columns[3].name is 'tuned', not one of dense, companion, dense_narrow"),
         (put("dense", "columns", 1, "name"), "columns[1].name is 'dense', not a name of its own"),
         (drop("columns", 0, "is_baseline"), "columns[0].is_baseline is None, not true or false"),
         (put("1", "columns", 0, "parameters"), "columns[0].parameters is '1', not a whole number"),

@@ -178,6 +178,31 @@ def test_markdown_and_terminal_have_the_table_of_the_page(tmp_path: Path) -> Non
     assert max(map(len, terminal)) <= 80
 
 
+def test_controls_stand_below_companion_and_sparse_with_recall_bytes_and_tokens(tmp_path: Path) -> None:
+    summary = write_run(tmp_path)
+    assert "<caption>Controls</caption>" not in write_report(tmp_path).read_text()
+    rng = random.Random(2)
+    summary["oracle_bank"] = column(rng, 3.0, 204_800, 0.25) | {"recall": 1.0, "ffn_bytes_fraction": 1.0}
+    summary["random_fixed"] = column(rng, 4.5, 204_800, 0.25) | {"recall": 0.2504, "ffn_bytes_fraction": 0.25}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    text = write_report(tmp_path).read_text()
+    parse(text)
+    table = text[text.index("<caption>Controls</caption>") :]
+    rows = re.findall(r'<tr><th scope="row">([^<]*)</th>(.*?)</tr>', table[: table.index("</table>")])
+    assert [name for name, _ in rows] == ["companion", "sparse", "random_fixed", "oracle_bank"]
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", rows[2][1])
+    error = f"{summary['random_fixed']['standard_error']:.4f}"
+    to_sparse = f"{4.5 - summary['sparse']['loss']:+.4f}"
+    assert cells == ["4.5000", error, "+1.5200", to_sparse, "0.250", "25 %", "25 %", "204,800"]
+    assert "random_fixed: random channels of each bank" in table
+    assert "random_fixed" in text[text.index('aria-label="Held-out loss') :][:2000]
+    del summary["companion"], summary["closed"]
+    line = next(line for line in summary_table(summary).splitlines() if line.startswith("random_fixed"))
+    assert line.split()[3:5] == ["n/a", to_sparse]
+    with pytest.raises(DataError, match=r"random_fixed\.loss='low'"):
+        summary_table(summary | {"random_fixed": summary["random_fixed"] | {"loss": "low"}})
+
+
 def test_columns_that_were_not_run_say_so(tmp_path: Path) -> None:
     summary = write_run(tmp_path, without=("companion", "closed", "continuations"))
     page = write_report(tmp_path).read_text()
@@ -192,17 +217,17 @@ def test_columns_that_were_not_run_say_so(tmp_path: Path) -> None:
 
 def test_a_narrow_model_has_a_column_where_it_was_trained(tmp_path: Path) -> None:
     summary = write_run(tmp_path)
-    assert "narrow</th>" not in write_report(tmp_path).read_text()
-    summary["narrow"] = column(random.Random(1), 3.123456, 409_600, 0.25)
+    assert "dense_narrow</th>" not in write_report(tmp_path).read_text()
+    summary["dense_narrow"] = column(random.Random(1), 3.123456, 409_600, 0.25)
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    line = json.dumps({"model": "narrow", "step": 5, "tokens": 5120, "ce": 3.5, "recall": None})
+    line = json.dumps({"model": "dense_narrow", "step": 5, "tokens": 5120, "ce": 3.5, "recall": None})
     with (tmp_path / "metrics.jsonl").open("a") as metrics:
         metrics.write(line + "\n")
     text = write_report(tmp_path).read_text()
-    assert '<th scope="col">narrow</th>' in text
+    assert '<th scope="col">dense_narrow</th>' in text
     assert "<td>3.1235</td>" in text
     assert "Training cross entropy: companion" in text
-    assert re.search(r'aria-label="Training cross entropy: [^"]*narrow from 3.500', text)
+    assert re.search(r'aria-label="Training cross entropy: [^"]*dense_narrow from 3.500', text)
 
 
 def test_recall_is_mapped_over_layers_and_tokens(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Every field has a doc string under it; `bankwise run --help` prints them. Token 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bankwise.config.amounts import parse_tokens
 from bankwise.config.data import DataSource
@@ -18,6 +18,8 @@ Control = Literal[
     "dense_narrow", "random_predictor", "random_fixed", "random_per_token", "oracle_bank", "oracle_global", "detached",
     "post_hoc",
 ]  # fmt: skip
+CONTROLS: tuple[str, ...] = get_args(Control)
+"""Every control, in the order of the report."""
 
 
 @dataclass(kw_only=True)
@@ -81,7 +83,8 @@ class EvalConfig:
     """bfloat16 autocast during evaluation."""
 
     preset: Literal["", "ci", "smoke", "full"] = ""
-    """Evaluation that every model of the run goes through at the end, for the report; empty: none but the loss."""
+    """Evaluation that the models of the run go through at the end, for the report (of the controls, `dense_narrow`);
+    empty: none but the loss."""
 
     prompt: str = "Fellow citizens, the state of the Union"
     """Prompt that the dense and the sparse model continue at the end of a run; empty: none."""
@@ -126,11 +129,12 @@ class Recipe:
     """Also train the dense model on the same tokens in the same order, as the baseline of every claim."""
 
     controls: list[Control] = field(default_factory=list)
-    """Further models trained on the same tokens in the same order, each a column of the final table: `dense_narrow`
-    (Dense-4x: the dense model cut to its strongest channels, as many as the sparse model keeps), `random_predictor`
-    (frozen random router, the absorption control), `random_fixed` (channels drawn once), `random_per_token`,
-    `oracle_bank`, `oracle_global` (channels by their true contribution), `detached` (router learns from the auxiliary
-    loss alone), `post_hoc` (the model frozen, only the predictors learn)."""
+    """Further models trained on the same tokens in the same order, each in a folder of its name and in a row of the
+    final table; a resumed run may be given more. `dense_narrow` (Dense-4x: the dense model cut to its strongest
+    channels, as many as the sparse model keeps), `random_predictor` (frozen random router, the absorption control),
+    `random_fixed` (channels drawn once), `random_per_token`, `oracle_bank`, `oracle_global` (channels by their true
+    contribution), `detached` (router learns from the auxiliary loss alone), `post_hoc` (the model frozen, only the
+    predictors learn). Stages that train predictors alone are skipped by models whose predictors cannot learn."""
 
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Measurement."""
@@ -154,6 +158,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.data:
             raise ConfigError("data is empty; name at least one source, for example package:pydoc")
+        unknown = [name for name in self.controls if name not in CONTROLS]
+        if unknown or len(set(self.controls)) < len(self.controls):
+            raise ConfigError(f"controls={self.controls} must be different ones of {', '.join(CONTROLS)}")
         if not 0 < self.held_out_fraction < 1:
             raise ConfigError(f"held_out_fraction={self.held_out_fraction} is outside (0, 1)")
         if len({stage.teacher for stage in self.stages if stage.kd_weight}) > 1:

@@ -12,7 +12,8 @@ GateMode = Literal["ste_unit", "sigmoid", "affine", "relu_rms", "stat_topk", "de
 GateNorm = Literal["none", "2sigma", "bank_mean_1"]
 ActivationGrad = Literal["masked", "straight"]
 PredictorForm = Literal["linear", "gated_product"]
-PredictorGrad = Literal["lm", "aux", "both"]
+PredictorGrad = Literal["lm", "aux", "both", "frozen"]
+Selection = Literal["predictor", "oracle_bank", "oracle_global", "random_fixed", "random_per_token"]
 Center = Literal["off", "mean", "learnable", "ema"]
 BankLayout = Literal["none", "random", "snake", "coact"]
 _CHOICES = {
@@ -23,6 +24,7 @@ _CHOICES = {
     "predictor_grad": PredictorGrad,
     "center": Center,
     "bank_layout": BankLayout,
+    "selection": Selection,
 }
 
 
@@ -60,7 +62,8 @@ class SparsityConfig:
     """Gradient to the FFN activation: only through kept channels, or (`straight`, Q-Sparse) through all."""
 
     predictor_grad: PredictorGrad = "both"
-    """Which loss trains the predictor: the language-model loss, the auxiliary routing loss, or both."""
+    """Which loss trains the predictor: the language-model loss, the auxiliary routing loss, both, or neither: `frozen`
+    stays as it is whatever a stage trains."""
 
     center: Center = "off"
     """What a dropped channel contributes: 0 (`off`), or its centre: the calibrated conditional mean, a trained
@@ -73,6 +76,15 @@ class SparsityConfig:
 
     dense_layers: list[int] = field(default_factory=list)
     """Layers that keep the plain dense FFN without a predictor."""
+
+    selection: Selection = "predictor"
+    """Who chooses the channels, in training and evaluation. Everything but `predictor` is a control: its gate is the
+    plain mask, and the predictor is neither read nor trained. `oracle_bank`: the largest true contributions of each
+    bank; `oracle_global`: those of the whole layer, equally many; both compute every channel. `random_fixed`: channels
+    of each bank drawn once per layer; `random_per_token`: drawn by a hash of the signs of the FFN input."""
+
+    selection_seed: int = 0
+    """Seed of the random selections."""
 
     def __post_init__(self) -> None:
         for name, choice in _CHOICES.items():
@@ -112,6 +124,28 @@ class SparsityConfig:
                 f"predictor_grad='lm' with gate_mode={self.gate_mode!r} would never train the predictor: this mode "
                 "passes no language-model gradient to it. Use predictor_grad='aux' or gate_mode='ste_unit'"
             )
+        if self.selection != "predictor" and self.gate_mode not in ("ste_unit", "hard", "detached"):
+            raise ConfigError(
+                f"selection={self.selection!r} keeps channels without the predictor, but "
+                f"gate_mode={self.gate_mode!r} reads its logits; use gate_mode='hard'"
+            )
+        if self.reads_all_channels and self.center == "ema":
+            raise ConfigError(
+                f"selection={self.selection!r} with center='ema' would choose by a centre that moves between a forward "
+                "and its recomputation; use center='mean'"
+            )
+        if not _is_int(self.selection_seed):
+            raise ConfigError(f"selection_seed={self.selection_seed!r} is not an integer")
+
+    @property
+    def trains_predictor(self) -> bool:
+        """Whether any stage may change the predictors."""
+        return self.selection == "predictor" and self.predictor_grad != "frozen"
+
+    @property
+    def reads_all_channels(self) -> bool:
+        """Whether every channel has to be computed before the choice is known."""
+        return self.selection in ("oracle_bank", "oracle_global")
 
     def active_in_layer(self, layer: int) -> int:
         """k of one layer."""

@@ -14,7 +14,7 @@ FORMAT = "bankwise-report/1"
 COLUMNS = {
     "dense": "dense",
     "companion": "dense companion",
-    "narrow": "Dense-4x",
+    "dense_narrow": "Dense-4x",
     "untrained": "post-hoc",
     "sparse": "sparse",
     "repaired": "repaired",

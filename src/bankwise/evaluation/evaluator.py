@@ -101,7 +101,7 @@ def evaluate_models(
         if name == "dense":
             job.reference = perplexity.DenseReference(fingerprint, lambda: load_model(models["dense"])[0])
         own = {"model": str(models[name]), **(about or {}).get(name, {})}
-        if name == "narrow" and "dense" in models:
+        if name == "dense_narrow" and "dense" in models:
             share = model.config.intermediate_size / describe_model(models["dense"])[0].intermediate_size
             own |= {"active_fraction": share, "ffn_bytes_fraction": share}
         columns.append(job.column(name, model, fingerprint, own))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from bankwise.errors import ConfigError
-from bankwise.ffn import SparseSwiGLU, sparse_layers
+from bankwise.ffn import SparseSwiGLU, record_routing, sparse_layers
 
 _LOGIT_ROWS = 256  # tokens whose logits exist at one time
 
@@ -135,6 +135,21 @@ def perplexity(
     }
     total = _summary(torch.cat(list(losses.values())))
     return LossResult(**total, by_source={source: _summary(losses_W) for source, losses_W in losses.items()})
+
+
+def perplexity_and_recall(
+    model: PreTrainedModel, windows: Mapping[str, Tensor], *, batch_size: int = 4, bf16: bool = False
+) -> tuple[LossResult, float | None]:
+    """`perplexity`, and the share of the bank oracle's channels that the model reads: mean over the tokens and sparse
+    layers of the same pass; None for a model without sparse layers."""
+    with record_routing(model, with_loss=False) as record:
+        result = perplexity(model, windows, batch_size=batch_size, bf16=bf16)
+    if not record.recalls:
+        return result, None
+    batches = [batch_WS.numel() for windows_WS in windows.values() for batch_WS in windows_WS.split(batch_size)]
+    weight_N = torch.tensor(batches, dtype=torch.float64) / sum(batches)
+    recall_N = torch.stack(record.recalls).double().cpu().view(len(batches), -1).mean(dim=1)
+    return result, (recall_N * weight_N).sum().item()
 
 
 def _summary(losses_W: Tensor) -> dict[str, Any]:

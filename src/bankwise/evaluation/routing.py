@@ -33,8 +33,8 @@ def routing_statistics(
 ) -> dict[str, Any]:
     """The routing figures of a sparse model over token windows [W, S] of each source, as JSON values.
 
-    None stands for what cannot be measured: the margin of a layer that keeps all its channels, a union of more tokens
-    than a window has, the exact count of `stat_topk`, which has none.
+    None stands for what cannot be measured: the margin of a layer that keeps all its channels or has no predictor in
+    use, a union of more tokens than a window has, the exact count of `stat_topk` and `oracle_global`, which have none.
     """
     layers = sparse_layers(model)
     if not layers:
@@ -85,7 +85,7 @@ class _LayerCounter:
 
     def __init__(self, layer: SparseSwiGLU) -> None:
         self.layer = layer
-        self.is_exact = layer.sparsity.gate_mode != "stat_topk"
+        self.is_exact = layer.sparsity.gate_mode != "stat_topk" and layer.sparsity.selection != "oracle_global"
         self.tokens = self.checked = self.violations = 0
         self.kept_F = torch.zeros(layer.gate_proj.out_features, dtype=torch.long)
         self.totals: dict[str, float] = defaultdict(float)
@@ -136,7 +136,7 @@ class _LayerCounter:
         self._add(_bucket(place * _CHUNK), recall * tokens, tokens)
         for name, chosen_TF in (("", mask_TF), ("_oracle", oracle_TF), ("_global", global_TF)):
             self._add(f"retained_energy{name}", retained_energy(energy_TF, chosen_TF).item() * tokens, tokens)
-        if layer.active_per_bank < layer.bank_size:
+        if layer.active_per_bank < layer.bank_size and layer.sparsity.selection == "predictor":
             self._add("margin", _margin(layer.logits(x_TD), layer).item() * tokens, tokens)
         if self.is_exact:
             self._check(mask_TF, read_TF, center_F)

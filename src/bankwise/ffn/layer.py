@@ -1,4 +1,4 @@
-"""The sparse feed-forward layer: predictor -> bank top-k -> gated SwiGLU.
+"""The sparse feed-forward layer: predictor -> bank top-k -> gated SwiGLU. Controls put other scores in its place.
 
 This is the reference path: gate and up are computed for all channels and masked before `down`, which is what training
 needs (the straight-through gradient reads dropped channels too). Parameter names and shapes are those of the dense FFN,
@@ -21,6 +21,7 @@ from bankwise.ffn.bank import bank_topk_mask, cut_banks
 from bankwise.ffn.gates import SteUnitGate, gate_activation, selected_channels
 from bankwise.ffn.predictor import Predictor
 from bankwise.ffn.routing_loss import channel_energy, channel_recall, retained_energy, routing_loss
+from bankwise.ffn.selection import bank_rule, random_scores
 
 
 @dataclass
@@ -54,6 +55,7 @@ class RoutingRecord:
 class SparseSwiGLU(nn.Module):
     """y = Wd (mask * gate * (h - c) + c), h = silu(Wg x) * (Wu x), mask = bank top-K of the predictor's logits.
 
+    Under another `selection` than `predictor` the mask is the bank top-K of that selection's scores, and the gate 1.
     `active_per_bank` is a plain attribute: setting it to `bank_size` re-densifies the layer.
     """
 
@@ -117,12 +119,28 @@ class SparseSwiGLU(nn.Module):
         return self.predictor(x_TD)
 
     def active_mask(self, x_TD: Tensor) -> Tensor:
-        """bool [..., F]: the channels that each token reads; exactly K per bank (but see `stat_topk`)."""
-        logits_TF = self.logits(x_TD)
+        """bool [..., F]: the channels that each token reads; exactly K per bank (but see `stat_topk`, and
+        `oracle_global`, which keeps K / B of the whole layer)."""
+        scores_TF = self._scores(x_TD, self.dense_activation(x_TD) if self.sparsity.reads_all_channels else None)
         if self.sparsity.gate_mode == "stat_topk":
-            cut = cut_banks(logits_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank)
-            return selected_channels(logits_TF, cut, "stat_topk", self.bank_size, self.active_per_bank)
-        return bank_topk_mask(logits_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank)
+            cut = cut_banks(scores_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank)
+            return selected_channels(scores_TF, cut, "stat_topk", self.bank_size, self.active_per_bank)
+        return bank_topk_mask(scores_TF, **self._rule(self.active_per_bank))
+
+    def _scores(self, x_TD: Tensor, h_TF: Tensor | None) -> Tensor:
+        """What decides between the channels of a bank [..., F]; the oracles need h."""
+        if self.sparsity.selection == "predictor":
+            return self.logits(x_TD)
+        if self.sparsity.reads_all_channels:
+            assert h_TF is not None
+            return channel_energy(h_TF, self.down_proj.weight, self._center())
+        return random_scores(self.sparsity, self.layer, x_TD, self.gate_proj.out_features)
+
+    def _rule(self, active_per_bank: int) -> dict[str, int]:
+        return bank_rule(self.sparsity, self.gate_proj.out_features, active_per_bank)
+
+    def _center(self) -> Tensor | None:
+        return None if self.sparsity.center == "off" else self.center
 
     def dense_activation(self, x_TD: Tensor) -> Tensor:
         """h_TF of the dense SwiGLU."""
@@ -151,18 +169,18 @@ class SparseSwiGLU(nn.Module):
             if y_TD is not None:
                 return y_TD
         h_TF = self.dense_activation(x_TD)
-        logits_TF = self.logits(x_TD)
+        scores_TF = self._scores(x_TD, h_TF)
         has_running_mean = self.sparsity.center == "ema" or self.sparsity.gate_mode == "default_ema"
         if self.training and has_running_mean and not _is_recomputing():
             # Before anything reads it, so that one forward, and its recomputation, use one centre throughout.
-            self._update_running_mean(h_TF, logits_TF)
+            self._update_running_mean(h_TF, scores_TF)
         if self.routing_record is not None:
-            self._record(self.routing_record, x_TD, h_TF, logits_TF)
-        if self.sparsity.predictor_grad == "aux" or self.sparsity.gate_mode == "detached":
-            logits_TF = logits_TF.detach()
-        return self.down_proj(self._gate(h_TF, logits_TF))
+            self._record(self.routing_record, x_TD, h_TF, scores_TF)
+        if self.sparsity.predictor_grad in ("aux", "frozen") or self.sparsity.gate_mode == "detached":
+            scores_TF = scores_TF.detach()
+        return self.down_proj(self._gate(h_TF, scores_TF))
 
-    def _gate(self, h_TF: Tensor, logits_TF: Tensor) -> Tensor:
+    def _gate(self, h_TF: Tensor, scores_TF: Tensor) -> Tensor:
         settings = self.sparsity
         if settings.center == "off":
             center_F = None
@@ -173,17 +191,18 @@ class SparseSwiGLU(nn.Module):
         active = self.active_per_bank
         if self.training and self.scheduled_active is not None:
             active = self.scheduled_active
-        if settings.gate_mode == "ste_unit" and settings.h_grad == "masked":
+        # Without a predictor nothing would learn from a gate's gradient: it is the plain mask.
+        gate_mode = settings.gate_mode if settings.selection == "predictor" else "hard"
+        if gate_mode == "ste_unit" and settings.h_grad == "masked":
             gated_TF = SparseSwiGLU.unit_gate(
-                moved_TF, logits_TF, self.bank_size, active, settings.ste_alpha, settings.ste_tau
+                moved_TF, scores_TF, self.bank_size, active, settings.ste_alpha, settings.ste_tau
             )
         else:
             gated_TF = gate_activation(
                 moved_TF,
-                logits_TF,
-                gate_mode=settings.gate_mode,
-                bank_size=self.bank_size,
-                active_per_bank=active,
+                scores_TF,
+                gate_mode=gate_mode,
+                **self._rule(active),
                 gate_norm=settings.gate_norm,
                 ste_alpha=settings.ste_alpha,
                 ste_tau=settings.ste_tau,
@@ -196,10 +215,10 @@ class SparseSwiGLU(nn.Module):
         return gated_TF if center_F is None else gated_TF + center_F
 
     @torch.no_grad()
-    def _update_running_mean(self, h_TF: Tensor, logits_TF: Tensor) -> None:
+    def _update_running_mean(self, h_TF: Tensor, scores_TF: Tensor) -> None:
         # default_ema: mean over the tokens that kept the channel. center=ema: over those that dropped it, which is the
         # least-squares value of a dropped channel (method.md section 2.5).
-        mask_TF = cut_banks(logits_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank).mask_TF
+        mask_TF = cut_banks(scores_TF, **self._rule(self.active_per_bank)).mask_TF
         is_default = self.sparsity.gate_mode == "default_ema"
         counted_TF = (mask_TF if is_default else ~mask_TF).flatten(0, -2).float()
         count_F = counted_TF.sum(dim=0)
@@ -207,15 +226,13 @@ class SparseSwiGLU(nn.Module):
         running_F = self.activation_mean if is_default else self.center
         running_F.lerp_(mean_F.to(running_F.dtype), 0.01 * (count_F > 0).to(running_F.dtype))
 
-    def _record(self, record: RoutingRecord, x_TD: Tensor, h_TF: Tensor, logits_TF: Tensor) -> None:
+    def _record(self, record: RoutingRecord, x_TD: Tensor, h_TF: Tensor, scores_TF: Tensor) -> None:
         stride = max(1, round(1 / record.token_fraction))
-        center_F = None if self.sparsity.center == "off" else self.center
         h_TF = h_TF.detach().flatten(0, -2)[::stride]
-        energy_TF = channel_energy(h_TF, self.down_proj.weight, center_F)
-        sampled_TF = logits_TF.flatten(0, -2)[::stride]
-        cut = cut_banks(sampled_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank)
+        energy_TF = channel_energy(h_TF, self.down_proj.weight, self._center())
+        cut = cut_banks(scores_TF.flatten(0, -2)[::stride], **self._rule(self.active_per_bank))
         record.layers.append(self.layer)
-        if record.with_loss and self.sparsity.predictor_grad != "lm":
+        if record.with_loss and self.sparsity.trains_predictor and self.sparsity.predictor_grad != "lm":
             # The loss sees the input detached: it may train the predictor, never reshape the trunk.
             own_TF = self.logits(x_TD.detach().flatten(0, -2)[::stride])
             record.losses.append(
@@ -232,7 +249,10 @@ class SparseSwiGLU(nn.Module):
         record.retained_oracle.append(retained_energy(energy_TF, oracle_TF))
 
     def extra_repr(self) -> str:
-        return f"active={self.active_per_bank} of {self.bank_size}, gate_mode={self.sparsity.gate_mode}"
+        return (
+            f"active={self.active_per_bank} of {self.bank_size}, gate_mode={self.sparsity.gate_mode}, "
+            f"selection={self.sparsity.selection}"
+        )
 
 
 def _is_recomputing() -> bool:

@@ -233,6 +233,8 @@ def _unsupported(layer: SparseSwiGLU, x_TD: Tensor, limits: support.Limits) -> s
         return "routing statistics are being recorded"
     if not _has_own_predictor(layer):
         return f"its predictor is replaced by {type(layer.predictor).__name__}"
+    if settings.selection != "predictor":
+        return f"selection={settings.selection!r} chooses channels without the predictor"
     if settings.gate_mode not in UNIT_GATES:
         return f"gate_mode={settings.gate_mode!r} scales the kept channels (supported: {', '.join(UNIT_GATES)})"
     if settings.center != "off":

@@ -65,7 +65,10 @@ class TokenCost:
     dense_weight_bytes: int
     dense_ffn_bytes: int
     ffn_bytes_fraction: float
-    """rho + pi: share of channels that is read, plus the predictors' matrices as a share of the dense FFN's."""
+    """rho + pi: share of channels that is read, plus the predictors' matrices as a share of the dense FFN's.
+
+    The oracles read every channel before they choose, and no selection but `predictor` reads the predictors.
+    """
 
 
 def token_cost(config: Any, *, dtype_bytes: int, active_fraction: float | None = None) -> TokenCost:
@@ -82,8 +85,11 @@ def token_cost(config: Any, *, dtype_bytes: int, active_fraction: float | None =
         sparse = [layer for layer in range(layers) if layer not in sparsity.dense_layers]
         for layer in sparse:
             kept[layer] = sparsity.active_in_layer(layer) / sparsity.bank_size
-        router_matrices = len(sparse) * (sizes.reduce + sizes.expand)
-        router_vectors = len(sparse) * channels * (5 if sparsity.predictor_form == "gated_product" else 1)
+        if sparsity.reads_all_channels:
+            active_fraction = 1.0
+        if sparsity.selection == "predictor":
+            router_matrices = len(sparse) * (sizes.reduce + sizes.expand)
+            router_vectors = len(sparse) * channels * (5 if sparsity.predictor_form == "gated_product" else 1)
         has_gate_weight, has_center = sparsity.gate_mode in ("affine", "relu_rms"), sparsity.center != "off"
         layer_vectors = len(sparse) * channels * (has_gate_weight + has_center)
     if active_fraction is None:

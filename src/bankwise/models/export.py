@@ -15,6 +15,7 @@ _MODULES = (
     "ffn/gates",
     "ffn/predictor",
     "ffn/routing_loss",
+    "ffn/selection",
     "ffn/layer",
     "models/lm_loss",
     "models/modeling",

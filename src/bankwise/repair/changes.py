@@ -139,12 +139,18 @@ def find_layer(model: PreTrainedModel, layer: int) -> SparseSwiGLU:
 
 
 def check_sparse(model: PreTrainedModel) -> list[SparseSwiGLU]:
-    """The sparse layers of a model; a dense one raises."""
+    """The sparse layers of a model; a dense one raises, and a control whose predictors choose nothing."""
     layers = sparse_layers(model)
     if not layers:
         raise ConfigError(
             f"model type {model.config.model_type!r} has no sparse layer to scan or repair; convert it with "
             "`bankwise upcycle`, or name the sparse checkpoint"
+        )
+    selection = layers[0].sparsity.selection
+    if selection != "predictor":
+        raise ConfigError(
+            f"the model is a control, selection={selection!r}: its predictors choose nothing, so there is no routing "
+            "to scan or repair; name the sparse checkpoint"
         )
     return layers
 

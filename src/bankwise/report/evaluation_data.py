@@ -19,7 +19,7 @@ from bankwise.evaluation.measures import NOT_COMPATIBLE
 from bankwise.report.evaluation_details import Details, Scan, read_details, read_scan
 from bankwise.report.json_node import Node
 
-DENSE = ("dense", "companion", "narrow")
+DENSE = ("dense", "companion", "dense_narrow")
 """Columns whose models use all their channels, so that there is no routing to measure."""
 
 CWE_METRICS = ("nll", "auc")

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bankwise.config.recipe import CONTROLS
 from bankwise.errors import DataError
 
-MODELS = ("dense", "untrained", "companion", "narrow", "sparse")
-"""What a run may train or convert, in the order of every table; the last three may be missing from a summary."""
+MODELS = ("dense", "untrained", "companion", "dense_narrow", "sparse")
+"""Columns of every table of a run, in order; the last three may be missing from a summary."""
 
-TRAINED = ("companion", "narrow", "sparse")
+TRAINED = ("companion", "dense_narrow", "sparse")
 
 _NUMBERS = ("loss", "standard_error", "perplexity", "tokens", "active_fraction", "n")
 _LAYER_NUMBERS = ("layer", "recall", "retained", "retained_oracle", "retained_random")
@@ -80,9 +81,9 @@ def check_summary(summary: Any, source: str) -> dict[str, Any]:
     """Return `summary` if every column that was run holds its numbers; else raise `DataError` naming the first gap."""
     if not isinstance(summary, dict):
         raise DataError(f"{source} holds a {type(summary).__name__}, not an object; write it again with `bankwise run`")
-    for model in MODELS:
+    for model in dict.fromkeys((*MODELS, *CONTROLS)):
         column = summary.get(model)
-        if column is None and model in TRAINED:
+        if column is None and (model in TRAINED or model in CONTROLS):
             continue
         column = _check_numbers(column, _NUMBERS, f"{source}: {model}")
         for name, part in (column.get("by_source") or {}).items():
@@ -95,8 +96,13 @@ def check_summary(summary: Any, source: str) -> dict[str, Any]:
 
 
 def models_of(summary: Mapping[str, Any]) -> tuple[str, ...]:
-    """The columns of a run's tables: `narrow` only where it was asked for, the others always."""
-    return tuple(model for model in MODELS if model != "narrow" or summary.get(model))
+    """The columns of a run's tables: `dense_narrow` only where it was asked for, the others always."""
+    return tuple(model for model in MODELS if model != "dense_narrow" or summary.get(model))
+
+
+def controls_of(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """The controls that were run."""
+    return tuple(name for name in CONTROLS if summary.get(name))
 
 
 def is_number(value: object) -> bool:

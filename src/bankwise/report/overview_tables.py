@@ -61,8 +61,8 @@ def glance_table(evaluation: Evaluation) -> Table:
 
 def baselines_table(evaluation: Evaluation) -> Table:
     """Training-free baselines and the converted model: what each keeps active, what it reads, and the headlines."""
-    beside = [name for name in ("untrained", "sparse", "narrow", evaluation.reference) if name in evaluation.columns]
-    columns = [*evaluation.baselines, *(evaluation.columns[name] for name in dict.fromkeys(beside))]
+    beside = dict.fromkeys(("untrained", "sparse", "dense_narrow", evaluation.reference))
+    columns = [*evaluation.baselines, *(evaluation.columns[name] for name in beside if name in evaluation.columns)]
     headline = headline_rows(evaluation)
     note = (
         "Equal active fraction is not equal reading: FFN bytes is the share of the dense FFN's weights that one token "

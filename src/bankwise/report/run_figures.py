@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 from bankwise.report.charts import Interval, Series, interval_chart, line_chart, smooth
-from bankwise.report.folder import TRAINED, RunFolder, is_number, models_of
+from bankwise.report.folder import TRAINED, RunFolder, controls_of, is_number, models_of
 from bankwise.report.formats import fraction, short_count
 from bankwise.report.heat_map import Colours, Panel, heat_maps
-from bankwise.report.svg import LEVEL_STYLE, STYLES, Points, Style
+from bankwise.report.svg import BASELINE_STYLE, LEVEL_STYLE, STYLES, Points, Style
 
 _ORACLE_STYLE = Style(colour="c-companion", shape="diamond")
 _MOST_COLUMNS = 40
@@ -17,14 +17,14 @@ _MOST_COLUMNS = 40
 
 
 def results_figure(run: RunFolder) -> str:
-    """Held-out loss of the four models, with one standard error to each side."""
+    """Held-out loss of the models and controls, with one standard error to each side."""
     rows = []
-    for model in models_of(run.summary):
+    for model in dict.fromkeys((*models_of(run.summary), *controls_of(run.summary))):
         column: dict[str, Any] = run.summary.get(model) or {"loss": None, "standard_error": 0.0}
         loss, error = column["loss"], column["standard_error"]
         if loss is None or math.isfinite(loss):
             error = error if math.isfinite(error) else 0.0
-            rows.append(Interval(name=model, value=loss, error=error, style=STYLES[model]))
+            rows.append(Interval(name=model, value=loss, error=error, style=STYLES.get(model, BASELINE_STYLE)))
     caption = (
         "Marker: mean held-out loss (left is better); whiskers: one standard error over windows. The comparison that "
         "counts is sparse with companion, which saw the same training tokens; dense saw none of them."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bankwise.report import run_figures, run_tables
 from bankwise.report.document import Code, Figures, Part, Quotes, Section, Shown, Tiles
-from bankwise.report.folder import RunFolder
+from bankwise.report.folder import RunFolder, controls_of
 from bankwise.report.formats import NOT_RUN, delta, nats, percent
 
 _TEXTS = ("prompt", "dense", "sparse")
@@ -31,6 +31,7 @@ def run_sections(run: RunFolder, *, prefix: str = "", opening: list[Part] | None
             [
                 *(opening or []),
                 Shown(run_tables.results_table(run.summary)),
+                *([Shown(run_tables.controls_table(run.summary))] if controls_of(run.summary) else []),
                 Figures([run_figures.results_figure(run)]),
                 Shown(run_tables.sources_table(run.summary), is_folded=True),
             ],

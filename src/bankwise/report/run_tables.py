@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bankwise.report.folder import RunFolder, check_summary, is_number, models_of
+from bankwise.report.folder import RunFolder, check_summary, controls_of, is_number, models_of
 from bankwise.report.formats import (
     NOT_APPLICABLE,
     NOT_RUN,
@@ -22,12 +22,27 @@ from bankwise.report.formats import (
 from bankwise.report.table import Table
 
 Column = Mapping[str, Any]
+CONTROL_NOTES = {
+    "dense_narrow": "the dense FFN cut to its strongest channels, as many as the sparse model keeps",
+    "random_predictor": "predictors frozen at a random start; as good as sparse means that routing is not learnt",
+    "random_fixed": "random channels of each bank, drawn once per layer",
+    "random_per_token": "random channels of each bank, drawn for every token",
+    "oracle_bank": "the channels of each bank that truly contribute most, for which all are computed",
+    "oracle_global": "the same over the whole layer; its distance to oracle_bank is the price of banks",
+    "detached": "predictors trained by the auxiliary routing loss alone",
+    "post_hoc": "the dense weights frozen, only the predictors trained",
+}
+"""What each control is."""
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """Return the final table of a run as plain text with aligned columns, then one line on the distance closed."""
+    """Return the final table of a run as plain text with aligned columns, then one line on the distance closed.
+
+    Controls have a table of their own, one row each.
+    """
     check_summary(summary, "summary")
-    return f"{results_table(summary).text()}\n\n{closed_sentence(summary)}"
+    tables = [results_table(summary), *([controls_table(summary)] if controls_of(summary) else [])]
+    return "\n\n".join([*(table.text() for table in tables), closed_sentence(summary)])
 
 
 def results_table(summary: Column) -> Table:
@@ -44,6 +59,7 @@ def results_table(summary: Column) -> Table:
         ("perplexity", lambda column: perplexity(column["perplexity"])),
         ("recovery", against(lambda column, other: f"{100 * _ratio(other['perplexity'], column['perplexity']):.1f} %")),
         ("active channels", lambda column: percent(column["active_fraction"])),
+        *([("recall", _recall)] if any((summary.get(model) or {}).get("recall") for model in models) else []),
         ("trained tokens", lambda column: count(column["tokens"])),
         ("windows (n)", lambda column: count(column["n"])),
     ]
@@ -54,16 +70,46 @@ def results_table(summary: Column) -> Table:
     note = (
         "dense: the model before conversion. untrained: converted and calibrated, not trained. companion: the dense "
         "model trained on the same tokens, in the same order, with the same optimiser. sparse: the converted model "
-        "after training. Recovery is the companion's perplexity over the model's own. All columns share the same "
+        "after training. Recovery is the companion's perplexity over the model's own; recall is the share of the truly "
+        "largest channels of each bank that were read. All columns share the same "
         "held-out windows; the standard error is that of one column's mean, over windows, not that of a difference."
     )
-    if "narrow" in models:
-        note += (
-            " narrow: the dense FFN cut to its strongest channels, as many as the sparse model keeps, trained alike."
-        )
+    if "dense_narrow" in models:
+        note += f" dense_narrow: {CONTROL_NOTES['dense_narrow']}, trained alike."
     if not companion:
         note += " n/a: the companion was not run, so there is nothing to compare with."
     return Table(title="Held-out results", header=("", *models), rows=rows, note=note)
+
+
+def controls_table(summary: Column) -> Table:
+    """One row per control that was run, below the companion and the sparse model."""
+    companion, sparse = summary.get("companion"), summary.get("sparse")
+    names = controls_of(summary)
+    rows = []
+    for name in (*(name for name in ("companion", "sparse") if summary.get(name)), *names):
+        column = summary[name]
+        share = column.get("ffn_bytes_fraction")
+        rows.append(
+            (
+                name,
+                nats(column["loss"]),
+                nats(column["standard_error"]),
+                *(delta(column["loss"] - other["loss"]) if other else NOT_APPLICABLE for other in (companion, sparse)),
+                _recall(column),
+                percent(column["active_fraction"]),
+                NOT_APPLICABLE if share is None else percent(share),
+                count(column["tokens"]),
+            )
+        )
+    header = ("", "loss", "error", "to companion", "to sparse", "recall", "channels", "FFN bytes", "tokens")
+    note = (
+        "Loss, its standard error and its differences in nats per token, on the same windows as above. The rows share "
+        "training tokens and their order, but models whose predictors cannot learn skip the stages that train them "
+        "alone. Recall: share of the truly largest channels of each bank that were read. Channels: active ones. FFN "
+        "bytes: share of the dense FFN's weights that a token reads, predictor included. "
+        + " ".join(f"{name}: {CONTROL_NOTES[name]}." for name in names)
+    )
+    return Table(title="Controls", header=header, rows=rows, note=note)
 
 
 def sources_table(summary: Column) -> Table:
@@ -156,6 +202,10 @@ def closed_sentence(summary: Column) -> str:
     if not is_number(summary.get("closed")):
         return "Distance from untrained to companion closed by training: not run."
     return f"Distance from untrained to companion closed by training: {percent(summary['closed'])}."
+
+
+def _recall(column: Column) -> str:
+    return NOT_APPLICABLE if column.get("recall") is None else fraction(column["recall"])
 
 
 def _ratio(over: float, under: float) -> float:

@@ -12,7 +12,7 @@ STRONG_STEPS = frozenset({"h5", "h6", "h7", "h8", "d0", "d1", "d7", "d8"})
 LIGHT = {
     "page": "#ffffff", "ink": "#1b2230", "quiet": "#5a6475", "rule": "#d9dee7", "box": "#f4f6fa", "link": "#0b57b8",
     "alarm": "#b3261e",
-    "dense": "#626c7c", "companion": "#b45309", "narrow": "#0f766e", "untrained": "#a3338f", "sparse": "#0b62c4",
+    "dense": "#626c7c", "companion": "#b45309", "dense_narrow": "#0f766e", "untrained": "#a3338f", "sparse": "#0b62c4",
     "repaired": "#b4232f",
     "h0": "#ecf4fe", "h1": "#d1e3f9", "h2": "#b5d3f4", "h3": "#9ac2ef", "h4": "#7bade6", "h5": "#3471b1",
     "h6": "#045da7", "h7": "#004a93", "h8": "#00377e",
@@ -22,7 +22,7 @@ LIGHT = {
 DARK = {
     "page": "#12161d", "ink": "#e6eaf1", "quiet": "#a0abbc", "rule": "#333c4a", "box": "#1b212b", "link": "#79b8ff",
     "alarm": "#ff8a80",
-    "dense": "#a3adbc", "companion": "#f5a34b", "narrow": "#4fd1c0", "untrained": "#ec8fdc", "sparse": "#62b0ff",
+    "dense": "#a3adbc", "companion": "#f5a34b", "dense_narrow": "#4fd1c0", "untrained": "#ec8fdc", "sparse": "#62b0ff",
     "repaired": "#ff8a8a",
     "h0": "#1a222b", "h1": "#1c2d3f", "h2": "#1d3954", "h3": "#1d456b", "h4": "#1c5284", "h5": "#4789ca",
     "h6": "#61a3e6", "h7": "#87bef7", "h8": "#a2daff",
@@ -35,7 +35,7 @@ def _variables(colours: dict[str, str]) -> str:
     return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
 
 
-_HUES = ("dense", "companion", "narrow", "untrained", "sparse", "repaired")
+_HUES = ("dense", "companion", "dense_narrow", "untrained", "sparse", "repaired")
 _SWATCHES = [f"{hue}{step}" for hue in "hd" for step in range(STEPS)]
 
 STYLE = (

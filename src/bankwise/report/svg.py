@@ -51,7 +51,7 @@ class Style:
 STYLES = {
     "dense": Style(colour="c-dense", shape="square", dash="2 4"),
     "companion": Style(colour="c-companion", shape="diamond", dash="7 3"),
-    "narrow": Style(colour="c-narrow", shape="triangle", dash="9 3 2 3"),
+    "dense_narrow": Style(colour="c-dense_narrow", shape="triangle", dash="9 3 2 3"),
     "untrained": Style(colour="c-untrained", shape="hollow", dash="4 2"),
     "sparse": Style(colour="c-sparse", shape="circle"),
     "repaired": Style(colour="c-repaired", shape="cross", dash="12 3"),

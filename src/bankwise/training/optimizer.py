@@ -10,19 +10,29 @@ from bankwise.errors import ConfigError
 from bankwise.ffn import sparse_layers
 
 
+def has_trainable_predictors(model: nn.Module) -> bool:
+    """Whether a stage that trains predictors alone would train anything of `model`."""
+    return any(layer.sparsity.trains_predictor for layer in sparse_layers(model))
+
+
 def select_trained(model: nn.Module, stage: Stage) -> None:
-    """Freeze everything that the stage does not train. A dense model has no predictor to train alone."""
-    if stage.trains == "predictor" and not sparse_layers(model):
-        raise ConfigError("trains='predictor' was asked of a dense model; use trains='all'")
+    """Freeze everything that the stage does not train, and in any stage the predictors that never train."""
+    trains_predictors = has_trainable_predictors(model)
+    if stage.trains == "predictor" and not trains_predictors:
+        raise ConfigError(
+            "trains='predictor' was asked of a model without trainable predictors (a dense one, a selection without "
+            "predictor, or predictor_grad='frozen'); use trains='all'"
+        )
     layer = stage.trained_layer
     if layer is not None and not any(f".layers.{layer}.mlp." in name for name, _ in model.named_parameters()):
         raise ConfigError(f"trains={stage.trains!r}: the model has no layer {layer}")
     for name, parameter in model.named_parameters():
         is_ffn, is_predictor = ".mlp." in name, ".mlp.predictor." in name
         if layer is not None:
-            parameter.requires_grad_(f".layers.{layer}.mlp." in name)
+            is_trained = f".layers.{layer}.mlp." in name
         else:
-            parameter.requires_grad_(stage.trains == "all" or (stage.trains == "ffn" and is_ffn) or is_predictor)
+            is_trained = stage.trains == "all" or (stage.trains == "ffn" and is_ffn) or is_predictor
+        parameter.requires_grad_(is_trained and (trains_predictors or not is_predictor))
 
 
 def parameter_groups(model: nn.Module, stage: Stage) -> Iterator[dict[str, Any]]:

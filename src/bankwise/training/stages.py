@@ -12,16 +12,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bankwise.config import Stage
 from bankwise.data import RowCollator
-from bankwise.ffn import sparse_layers
 from bankwise.training.checkpointing import checkpoint_step, last_whole_checkpoint
+from bankwise.training.optimizer import has_trainable_predictors
 from bankwise.training.rope import change_rope
 from bankwise.training.trainer import UpcyclingTrainer
 
 
 def stages_of(model: PreTrainedModel, stages: Sequence[Stage]) -> Iterator[tuple[int, Stage]]:
-    """Number and stage of the stages that train something of `model`: a dense one has no predictor to train alone."""
-    is_sparse = bool(sparse_layers(model))
-    return ((number, stage) for number, stage in enumerate(stages) if is_sparse or stage.trains != "predictor")
+    """Number and stage of the stages that train something of `model`: a dense one has no predictor to train alone,
+    nor has a control whose predictors are frozen or not in use."""
+    has_predictors = has_trainable_predictors(model)
+    return ((number, stage) for number, stage in enumerate(stages) if has_predictors or stage.trains != "predictor")
 
 
 def trained_tokens(model: PreTrainedModel, stages: Sequence[Stage]) -> int:

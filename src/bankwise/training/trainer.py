@@ -33,7 +33,7 @@ from bankwise.training.checkpointing import (
     trim_record,
     whole_checkpoints,
 )
-from bankwise.training.optimizer import parameter_groups, select_trained
+from bankwise.training.optimizer import has_trainable_predictors, parameter_groups, select_trained
 from bankwise.training.progress import PrintProgress
 from bankwise.training.schedules import ChannelSchedule, aux_weight, scheduler_arguments
 from bankwise.training.stopping import StopAtSignal
@@ -92,6 +92,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.name = name
         self.is_sparse = bool(sparse_layers(model))
+        self.has_predictors = has_trainable_predictors(model)
         self.metrics_file = metrics_file
         self.tokens_before = tokens_before
         self.parts: list[dict[str, float]] = []
@@ -159,7 +160,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
         there, and must save what they saved before.
         """
         self.record = None
-        with_loss = aux_weight(self.stage, self.state.global_step) > 0
+        with_loss = self.has_predictors and aux_weight(self.stage, self.state.global_step) > 0
         is_logged = _is_logged(self.stage, self.state.global_step + 1)
         if not self.is_sparse or not (with_loss or is_logged):
             return super().training_step(model, inputs, num_items_in_batch)

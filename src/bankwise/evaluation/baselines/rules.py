@@ -10,8 +10,7 @@ from torch import Tensor
 
 from bankwise.ffn import bank_topk_mask, channel_energy
 from bankwise.ffn.bank import to_routing_dtype
-
-_SCORE_BITS = 24  # what a float32 holds exactly
+from bankwise.ffn.selection import hash_scores, mixed_bits
 
 
 def cats_mask(gate_TF: Tensor, *, threshold: float) -> Tensor:
@@ -39,24 +38,6 @@ def random_token_mask(key_T: Tensor, channel_F: Tensor, *, bank_size: int, activ
     return bank_topk_mask(hash_scores(key_T, channel_F), bank_size=bank_size, active_per_bank=active_per_bank)
 
 
-def hash_scores(key_T: Tensor, channel_F: Tensor) -> Tensor:
-    """float32 [T, F], uniform in [0, 1): a hash of each pair of token key and channel key."""
-    bits_TF = _mixed(key_T[..., None] ^ channel_F)
-    return _shifted(bits_TF, 64 - _SCORE_BITS).float() / 2**_SCORE_BITS
-
-
 def token_keys(ids_T: Tensor, position_T: Tensor) -> Tensor:
     """int64 [T]: one number for each token id and place in its text."""
-    return _mixed(ids_T.long() ^ (position_T.long() << 32))
-
-
-def _mixed(values: Tensor) -> Tensor:
-    """The finaliser of SplitMix64: every bit of the result depends on every bit of the value."""
-    values = (values ^ _shifted(values, 30)) * -0x40A7B892E31B1A47
-    values = (values ^ _shifted(values, 27)) * -0x6B2FB644ECCEEE15
-    return values ^ _shifted(values, 31)
-
-
-def _shifted(values: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: torch's own keeps the sign."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
+    return mixed_bits(ids_T.long() ^ (position_T.long() << 32))
