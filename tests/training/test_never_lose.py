@@ -265,7 +265,9 @@ def test_a_checkpoint_that_does_not_fit_stops_the_run_with_what_to_do(
 
 def test_without_a_checkpoint_before_it_the_message_says_so(folder, whole, file_size_limit):
     file_size_limit(size_of(whole[0], "optimizer.pt") - 1000)
-    with pytest.raises(TrainingError, match=r"checkpoint-2 could not be written .* there is none before it"):
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-2 could not be written .* the stage has no whole one before it"
+    ):
         train(folder)
     file_size_limit(resource.RLIM_INFINITY)
     assert left(folder / "work") == ["stage-0"]

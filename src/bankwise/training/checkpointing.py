@@ -245,8 +245,8 @@ def _no_room(folder: Path, name: str, reason: str) -> str:
     whole = whole_checkpoints(folder)
     if not whole:
         return (
-            f"{name} could not be written to {folder} ({reason}), and there is none before it; free some space there, "
-            "or choose another output, and start again"
+            f"{name} could not be written to {folder} ({reason}), and the stage has no whole one before it; free some "
+            "space there and go on with --resume (resume=True), which starts the stage again"
         )
     size = sum(path.stat().st_size for path in whole[-1].rglob("*") if path.is_file())
     return (
