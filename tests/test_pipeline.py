@@ -18,7 +18,7 @@ from bankwise.pipeline import load_data
 from bankwise.training import UpcyclingTrainer
 
 FILES = {
-    "recipe.yaml", "metrics.jsonl", "upcycle.json", "summary.json", "report.html", "report.md",
+    "recipe.yaml", "metrics.jsonl", "telemetry.jsonl", "upcycle.json", "summary.json", "report.html", "report.md",
     "checkpoint", "companion", "untrained",
 }  # fmt: skip
 

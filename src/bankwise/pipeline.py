@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bankwise.config import DataSource, Recipe, dump_recipe, load_plan, load_recipe
-from bankwise.data import held_out_windows, mixed_windows
+from bankwise.config import DataSource, Recipe, Stage, dump_recipe, load_plan, load_recipe
+from bankwise.data import held_out_windows, mixed_windows, probe_windows
 from bankwise.errors import ConfigError
 from bankwise.evaluation.evaluator import check_models
 from bankwise.evaluation.perplexity import active_fraction, perplexity
@@ -32,6 +33,8 @@ from bankwise.provenance import environment
 from bankwise.report import write_report
 from bankwise.training import TokenWindows, train_stages, trained_tokens
 from bankwise.training.stages import remove_empty
+from bankwise.training.telemetry import TelemetryPlan, probe_size
+from bankwise.training.trackers import check_trackers
 from bankwise.upcycle import convert, load_dense
 from bankwise.upcycle.loading import LoadedDense
 from bankwise.upcycle.narrow import narrow_dense
@@ -88,6 +91,7 @@ def run(
             "trains='predictor' in every stage leaves a dense model nothing to train; set companion: false and take "
             "dense_narrow out of controls"
         )
+    check_trackers(recipe.trainer.get("report_to", recipe.report_to))
     folder = Path(recipe.output)
     plan = load_plan(recipe.eval.preset, plan_values(recipe)) if recipe.eval.preset else None
     if plan is not None:
@@ -176,6 +180,7 @@ def train(
         raise ConfigError("the recipe has no stages, so there is nothing to train")
     if any(stage.kd_weight and stage.teacher == "companion" for stage in recipe.stages):
         raise ConfigError("teacher='companion' needs a companion: use `bankwise run`, or teacher='dense'")
+    check_trackers(recipe.trainer.get("report_to", recipe.report_to))
     folder = Path(recipe.output)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite, inputs=[checkpoint])
     keep_freed_memory()
@@ -319,6 +324,7 @@ def train_model(
         work,
         name=name,
         teacher=teacher,
+        telemetry=(lambda stage: _telemetry(recipe, stage, data, folder)) if recipe.telemetry_steps else None,
         resume=resume,
         seed=recipe.seed,
         metrics_file=folder / "metrics.jsonl",
@@ -328,6 +334,15 @@ def train_model(
     save_checkpoint(model, tokenizer, target)
     remove_empty(work.parent)
     return tokens
+
+
+def _telemetry(recipe: Recipe, stage: Stage, data: RunData, folder: Path) -> TelemetryPlan:
+    count = probe_size(stage, recipe.telemetry_steps, PartialState().num_processes)
+    return TelemetryPlan(
+        windows_WS=probe_windows(data.held_out, seq_len=stage.seq_len, num_windows=count),
+        every=recipe.telemetry_steps,
+        file=folder / "telemetry.jsonl",
+    )
 
 
 def _teacher(recipe: Recipe, dense: PreTrainedModel, companion: PreTrainedModel | None) -> PreTrainedModel | None:

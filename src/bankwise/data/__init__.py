@@ -1,6 +1,6 @@
 """Text: where it comes from, how it is split, and how it becomes token windows."""
 
-from bankwise.data.held_out import document_windows, held_out_windows
+from bankwise.data.held_out import document_windows, held_out_windows, probe_windows
 from bankwise.data.sources import Document, load_documents, load_split, source_name, split_documents
 from bankwise.data.windows import mixed_windows, token_windows
 
@@ -11,6 +11,7 @@ __all__ = [
     "load_documents",
     "load_split",
     "mixed_windows",
+    "probe_windows",
     "source_name",
     "split_documents",
     "token_windows",

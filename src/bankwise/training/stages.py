@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from bankwise.config import Stage
 from bankwise.ffn import sparse_layers
 from bankwise.training.rope import change_rope
+from bankwise.training.telemetry import TelemetryPlan
 from bankwise.training.trainer import UpcyclingTrainer
 
 
@@ -33,13 +34,14 @@ def train_stages(
     work: Path,
     *,
     teacher: PreTrainedModel | None = None,
+    telemetry: Callable[[Stage], TelemetryPlan] | None = None,
     resume: bool = False,
     **settings: Any,
 ) -> int:
     """Train `model` in place on each of its stages; returns the tokens it has read.
 
-    `rows(i)` are the training rows of stage i, and `settings` go to `UpcyclingTrainer`. Checkpoints go to
-    `work/stage-i`; with `resume` the training goes on from the last one.
+    `rows(i)` are the training rows of stage i, `telemetry(stage)` says how its routing is read, and `settings` go to
+    `UpcyclingTrainer`. Checkpoints go to `work/stage-i`; with `resume` the training goes on from the last one.
     """
     own = list(stages_of(model, stages))
     first, last = _last_checkpoint(own, work) if resume else (0, None)
@@ -58,6 +60,7 @@ def train_stages(
                 rows(number),
                 work / f"stage-{number}",
                 teacher=teacher if stage.kd_weight else None,
+                telemetry=None if telemetry is None else telemetry(stage),
                 tokens_before=tokens,
                 save_at_end=position + 1 < len(own),
                 **settings,
