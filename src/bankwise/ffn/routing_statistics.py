@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bankwise.ffn.bank import bank_topk_mask
+from bankwise.ffn.bank import bank_topk_mask, to_routing_dtype, values_at_cut
+from bankwise.ffn.gates import bank_width
 
 DEAD_RATE, ALWAYS_ON_RATE = 1e-4, 0.999
 """Channels that fewer, or more, than this share of the tokens keep are called dead, or always on."""
@@ -27,11 +28,9 @@ def global_topk_mask(energy_TF: Tensor, *, bank_size: int, active_per_bank: int)
 
 def boundary_margin(logits_TF: Tensor, *, bank_size: int, active_per_bank: int) -> Tensor:
     """(z_(k) - z_(k+1)) / std_b(z) of every bank [T, N]: how far the last kept channel is from the first dropped."""
-    mask_TF = bank_topk_mask(logits_TF, bank_size=bank_size, active_per_bank=active_per_bank)
-    last_TN = logits_TF.masked_fill(~mask_TF, float("inf")).unflatten(-1, (-1, bank_size)).amin(dim=-1)
-    next_TN = logits_TF.masked_fill(mask_TF, float("-inf")).unflatten(-1, (-1, bank_size)).amax(dim=-1)
-    std_TN = logits_TF.unflatten(-1, (-1, bank_size)).std(dim=-1, correction=0)
-    return (last_TN - next_TN) / std_TN.clamp_min(1e-12)
+    logits_TNB = to_routing_dtype(logits_TF.detach()).unflatten(-1, (-1, bank_size))
+    last_TN1, next_TN1 = values_at_cut(logits_TNB, active_per_bank)
+    return ((last_TN1 - next_TN1) / bank_width(logits_TNB - next_TN1, ste_tau=1.0)).squeeze(-1)
 
 
 def low_quantile(values: Tensor, share: float) -> Tensor:
