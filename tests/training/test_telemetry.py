@@ -274,6 +274,36 @@ def test_telemetry_changes_nothing_of_the_training(sparse, windows, training, se
     assert not (runs[0].folder / "telemetry.jsonl").exists()
 
 
+class Stop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_training_goes_on_with_its_lines_and_signs(sparse, windows, training, tmp_path):
+    settings = {"tokens": 300 * 4, "batch_tokens": 4, "micro_batch": 1, "telemetry_steps": 40, "aux_weight": 0.0}
+    settings |= {"log_steps": 100, "save_steps": 50, "folder": tmp_path / "run"}
+
+    def start(**more):
+        run = training(sparse(sparsity={"gate_mode": "affine"}), windows(length=4), **settings, **more)
+        sparse_layers(run.model)[1].gate_weight.requires_grad_(False)
+        return run
+
+    with pytest.raises(KeyboardInterrupt):
+        start(callback=Stop(90)).run()
+    run = start()
+    with pytest.raises(TrainingError, match=r"stopped at step 160 of 300: layer 1"):
+        run.run(tmp_path / "run" / "work" / "checkpoint-50")
+    lines = run.lines("telemetry.jsonl")
+    assert [line["step"] for line in lines] == [40, 80, 80, 120, 160, 160]
+    assert lines[1]["recall"] == lines[2]["recall"]
+    assert [line["usage_tokens"] for line in lines[:4]] == [12, 24, 12, 24]
+    assert lines[2]["churn"] == [None, None]
+
+
 def test_a_dense_model_has_no_telemetry(tiny_dense, windows, training):
     run = training(tiny_dense(), windows(), name="companion", tokens=64, telemetry_steps=1).run()
     assert not (run.folder / "telemetry.jsonl").exists()
