@@ -143,8 +143,8 @@ def telemetry_figure(run: RunFolder) -> str:
     caption = (
         "Read on the same held-out windows each time. Recall should rise or stay while the loss falls. Churn is the "
         "share of the chosen channels that the next reading no longer chooses; it should fall with the learning rate. "
-        "Where it is high and the margin (the step in the logits at the cut, in standard deviations) near 0, the choice "
-        "flaps."
+        "Where it is high and the margin (the step in the logits at the cut, in standard deviations) near 0, the "
+        "choice flaps."
     )
     return line_chart(
         "Routing on held-out text", series, caption, x_axis="trained tokens", y_label="share", y_range=(0.0, 1.0)
