@@ -93,7 +93,7 @@ def test_the_record_has_both_trainings_and_only_the_sparse_one_has_routing(finis
 
 
 def test_the_routing_is_read_on_held_out_windows_of_the_sparse_model(finished, recipe):
-    (line,) = [json.loads(text) for text in (finished.folder / "telemetry.jsonl").read_text().splitlines()]
+    _, line = [json.loads(text) for text in (finished.folder / "telemetry.jsonl").read_text().splitlines()]
     assert (line["model"], line["step"], line["tokens"], line["probe_tokens"]) == ("sparse", 4, 256, 32)
     assert len(line["recall"]) == 2
     folder = bankwise.run(recipe(telemetry_steps=0, companion=False), quiet=True).folder

@@ -171,7 +171,7 @@ def test_router_gradients_are_those_of_the_two_losses(sparse, windows, training,
         model, windows(), tokens=32, batch_tokens=32, micro_batch=micro_batch, telemetry_steps=1, aux_weight=0.5,
         aux_token_fraction=0.25, gradient_checkpointing=checkpointing,
     ).run()  # fmt: skip
-    (line,) = run.lines("telemetry.jsonl")
+    line = run.lines("telemetry.jsonl")[-1]
 
     # The same two losses of the same step, from logits that are leaves.
     reference = sparse(scale=0.2).train()
@@ -212,7 +212,9 @@ def test_router_gradients_are_those_of_the_two_losses(sparse, windows, training,
 )
 def test_a_gradient_that_the_mode_does_not_pass_is_none(sparse, windows, training, sparsity, stage, has_lm, has_aux):
     run = training(sparse(sparsity=sparsity), windows(), tokens=32, telemetry_steps=1, **stage).run()
-    gradient = run.lines("telemetry.jsonl")[0]["router_gradient"]
+    first, last = run.lines("telemetry.jsonl")
+    assert first["router_gradient"] == {"lm": [None, None], "aux": [None, None]}  # no step has been made
+    gradient = last["router_gradient"]
     assert [norm is not None for norm in gradient["lm"]] == [has_lm, has_lm]
     assert [norm is not None for norm in gradient["aux"]] == [has_aux, has_aux]
 
@@ -231,16 +233,17 @@ def test_a_router_that_gets_nothing_for_a_hundred_steps_stops_the_run(sparse, wi
 # Lines
 
 
-def test_a_line_is_written_every_so_many_steps_and_at_the_end(sparse, windows, training):
+def test_a_line_is_written_at_the_start_every_so_many_steps_and_at_the_end(sparse, windows, training):
     run = training(sparse(), windows(), tokens=7 * 32, telemetry_steps=3, name="sparse", tokens_before=320).run()
     lines = run.lines("telemetry.jsonl")
     assert [(line["model"], line["step"], line["tokens"]) for line in lines] == [
-        ("sparse", step, 320 + 32 * step) for step in (3, 6, 7)
+        ("sparse", step, 320 + 32 * step) for step in (0, 3, 6, 7)
     ]
     assert lines[0]["churn"] == [None, None]
     assert all(0 < churn < 0.75 for line in lines[1:] for churn in line["churn"])
-    assert [line["usage_tokens"] for line in lines] == [48, 96, 144]
-    for line in lines:
+    assert [line["usage_tokens"] for line in lines] == [48, 96, 144, 192]
+    assert (lines[0]["cost_share"], lines[0]["step_seconds"]) == (None, None)
+    for line in lines[1:]:
         assert 0 < line["cost_share"] < 1
         assert line["probe_seconds"] > 0
         assert line["step_seconds"] > 0
@@ -249,6 +252,7 @@ def test_a_line_is_written_every_so_many_steps_and_at_the_end(sparse, windows, t
 
 def test_lines_are_plain_json_and_describe_the_model_at_that_step(sparse, windows, training):
     copies = Copies(2, 4)
+    copies.kept[0] = weights(sparse())
     run = training(sparse(), windows(), tokens=4 * 32, telemetry_steps=2, callback=copies, lr=1e-2).run()
     for line in run.lines("telemetry.jsonl"):
         json.dumps(line, allow_nan=False)
@@ -298,10 +302,10 @@ def test_a_resumed_training_goes_on_with_its_lines_and_signs(sparse, windows, tr
     with pytest.raises(TrainingError, match=r"stopped at step 160 of 300: layer 1"):
         run.run(tmp_path / "run" / "work" / "checkpoint-50")
     lines = run.lines("telemetry.jsonl")
-    assert [line["step"] for line in lines] == [40, 80, 80, 120, 160, 160]
-    assert lines[1]["recall"] == lines[2]["recall"]
-    assert [line["usage_tokens"] for line in lines[:4]] == [12, 24, 12, 24]
-    assert lines[2]["churn"] == [None, None]
+    assert [line["step"] for line in lines] == [0, 40, 80, 80, 120, 160, 160]
+    assert lines[2]["recall"] == lines[3]["recall"]
+    assert [line["usage_tokens"] for line in lines[:5]] == [12, 24, 36, 12, 24]
+    assert lines[3]["churn"] == [None, None]
 
 
 def test_a_dense_model_has_no_telemetry(tiny_dense, windows, training):
@@ -315,15 +319,15 @@ def test_a_dense_model_has_no_telemetry(tiny_dense, windows, training):
 def test_readings_become_rarer_where_they_cost_too_much(sparse, windows, training, monkeypatch, caplog):
     monkeypatch.setattr(telemetry, "MOST_COST", 0.03)
     seconds = iter(range(10_000))
-    # Each look at the clock is one second later, so that a reading takes one second; 30 steps take that long too.
+    # Each look at the clock is one second later, so that a reading takes one second.
     monkeypatch.setattr(telemetry.time, "perf_counter", lambda: next(seconds))
     with caplog.at_level(logging.WARNING):
         run = training(sparse(), windows(length=4), tokens=70 * 8, telemetry_steps=2, probe=windows(1, 4)).run()
     lines = run.lines("telemetry.jsonl")
-    # Started at 0, first reading begins at 1 and ends at 2: half a second a step, so 1 s is 3 % after 65 steps.
-    assert lines[0] | {"step": 2, "step_seconds": 0.5, "probe_seconds": 1.0, "cost_share": 0.5} == lines[0]
-    assert [line["step"] for line in lines] == [2, 66, 70]
-    assert [line["interval"] for line in lines][:2] == [2, 66]
+    # Started at 0, readings from 1 to 2 and from 3 to 4: 2 s of 4 for 2 steps, so 1 s is 3 % after 33 steps.
+    assert lines[1] | {"step": 2, "step_seconds": 1.0, "probe_seconds": 1.0, "cost_share": 0.5} == lines[1]
+    assert [line["step"] for line in lines][:3] == [0, 2, 34]
+    assert [line["interval"] for line in lines][:3] == [2, 2, 34]
     assert len([record for record in caplog.records if "at most 3 % of the run" in record.message]) == 1
 
 
@@ -357,18 +361,17 @@ def test_tensorboard_shows_the_means_and_the_worst_layer(sparse, windows, traini
     ).run()  # fmt: skip
     events = EventAccumulator(str(tmp_path / "board")).Reload()
     lines = run.lines("telemetry.jsonl")
-    for name, values in {
-        "recall": [mean(line["recall"]) for line in lines],
-        "recall_worst_layer": [min(line["recall"]) for line in lines],
-        "router_gradient_lm": [mean(line["router_gradient"]["lm"]) for line in lines],
-        "loss": [line["loss"] for line in lines],
-    }.items():
-        scalars = events.Scalars(f"train/telemetry/{name}")
-        assert [event.step for event in scalars] == [2, 4]
-        assert [event.value for event in scalars] == pytest.approx(values, rel=1e-5)
-    assert [event.value for event in events.Scalars("train/telemetry/churn")] == pytest.approx(
-        [mean(lines[1]["churn"])]
-    )
+    expected = {
+        "recall": {line["step"]: mean(line["recall"]) for line in lines},
+        "recall_worst_layer": {line["step"]: min(line["recall"]) for line in lines},
+        "router_gradient_lm": {line["step"]: mean(line["router_gradient"]["lm"]) for line in lines[1:]},
+        "churn_worst_layer": {line["step"]: max(line["churn"]) for line in lines[1:]},
+        "loss": {line["step"]: line["loss"] for line in lines},
+    }
+    assert list(expected["recall"]) == [0, 2, 4]
+    for name, values in expected.items():
+        scalars = {event.step: event.value for event in events.Scalars(f"train/telemetry/{name}")}
+        assert scalars == pytest.approx(values, rel=1e-5), name
 
 
 @pytest.mark.parametrize(

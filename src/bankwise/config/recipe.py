@@ -142,8 +142,8 @@ class Recipe:
     """CPU threads; 0: the default of torch."""
 
     telemetry_steps: int = 50
-    """Steps between lines of routing statistics (telemetry.jsonl), by layer, on a fixed held-out probe batch; 0: none.
-    More where they would cost more than 3 % of the run."""
+    """Steps between lines of routing statistics (telemetry.jsonl), by layer, on a fixed held-out probe batch, beside
+    those at the start and end of a stage; 0: none. More where they would cost more than 3 % of the run."""
 
     report_to: list[str] = field(default_factory=list)
     """Trackers beside metrics.jsonl and telemetry.jsonl, as in transformers: tensorboard, wandb, trackio ..."""

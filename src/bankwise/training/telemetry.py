@@ -1,8 +1,9 @@
 """Routing statistics during training: a line in telemetry.jsonl, scalars for the trackers, warnings (`method.md` 4.3).
 
-Every `every` steps and at the end of a stage, all processes read the same probe batch (a sharded model is whole only
-when all take part), and the main one writes. Reading costs at most `MOST_COST` of the time: the probe is sized for
-less than that, the cost is measured, and where it is higher the readings become rarer. The last step always has one.
+At the start of a stage, every `every` steps and at its end, all processes read the same probe batch (a sharded model is
+whole only when all take part), and the main one writes. Reading costs at most `MOST_COST` of the time: the probe is
+sized for less than that, the cost is measured, and where it is higher the readings become rarer. Start and end always
+have one.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ class Telemetry(TrainerCallback):
         self._started, self._first_step = time.perf_counter(), state.global_step
         for line in _lines_before(self.plan.file, self.trainer.name, self._tokens(0), self._tokens(state.global_step)):
             self._signs.look(line)
+        if state.global_step == 0:
+            self._read(0)  # what recall falls from, and masks change from
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.is_due(state.global_step):
@@ -101,7 +104,8 @@ class Telemetry(TrainerCallback):
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         started = time.perf_counter()
-        step_seconds = (started - self._started - self._spent) / (step - self._first_step)
+        steps = step - self._first_step
+        step_seconds = (started - self._started - self._spent) / max(1, steps)
         trainer = self.trainer
         reading = self._probe.read(
             trainer.accelerator.unwrap_model(trainer.model_wrapped),
@@ -125,14 +129,15 @@ class Telemetry(TrainerCallback):
             **reading,
             "router_gradient": {kind: self._norms(kind, values, remaining) for kind, values in squared.items()},
             "interval": self.interval,
-            "step_seconds": step_seconds,
+            "step_seconds": step_seconds if steps else None,
             "probe_seconds": probe_seconds,
-            "cost_share": spent / (spent + (step - self._first_step) * step_seconds),
+            "cost_share": spent / (spent + steps * step_seconds) if steps else None,
         }
         self._write(line)
         trainer.log(_scalars(line))
         self._look(line)
-        self._set_interval(probe_seconds, step_seconds)
+        if steps:
+            self._set_interval(probe_seconds, step_seconds)
 
     def _norms(self, kind: str, values: list[Any], remaining: Iterator[float]) -> list[float | None]:
         """Norms by layer; `remaining` gives the reduced squares of those that are known."""
@@ -191,7 +196,7 @@ def _scalars(line: dict[str, Any]) -> dict[str, float]:
     worst: dict[str, Callable[[list[float]], float]] = {
         "recall": min, "retained_energy": min, "margin": min, "margin_p5": min, "churn": max, "dead": max
     }  # fmt: skip
-    values = {f"telemetry/{name}": line[name] for name in ("loss", "cost_share")}
+    values = {f"telemetry/{name}": line[name] for name in ("loss", "cost_share") if line[name] is not None}
     for name, worst_of in worst.items():
         known = [value for value in line[name] if value is not None]
         if known:
@@ -211,6 +216,6 @@ def _lines_before(file: Path, model: str, first: int, last: int) -> list[dict[st
     kept = {
         line["tokens"]: line
         for line in lines
-        if line["model"] == model and first < line["tokens"] <= last and "warning" not in line
+        if line["model"] == model and first <= line["tokens"] <= last and "warning" not in line
     }
     return [kept[tokens] for tokens in sorted(kept)]
