@@ -20,7 +20,7 @@ from bankwise.report import summary_table
 from bankwise.training import UpcyclingTrainer
 
 FILES = {
-    "recipe.yaml", "metrics.jsonl", "upcycle.json", "summary.json", "report.html", "report.md",
+    "recipe.yaml", "metrics.jsonl", "telemetry.jsonl", "upcycle.json", "summary.json", "report.html", "report.md",
     "checkpoint", "companion", "untrained",
 }  # fmt: skip
 
@@ -92,6 +92,22 @@ def test_the_record_has_both_trainings_and_only_the_sparse_one_has_routing(finis
     for row in record:
         is_sparse = row["model"] == "sparse"
         assert (row["aux"] is not None, row["recall"] is not None, row["kd"] > 0) == (is_sparse,) * 3
+
+
+def test_the_routing_is_read_on_held_out_windows_of_the_sparse_model(finished, recipe):
+    _, line = [json.loads(text) for text in (finished.folder / "telemetry.jsonl").read_text().splitlines()]
+    assert (line["model"], line["step"], line["tokens"], line["probe_tokens"]) == ("sparse", 4, 256, 32)
+    assert len(line["recall"]) == 2
+    folder = bankwise.run(recipe(telemetry_steps=0, companion=False), quiet=True).folder
+    assert not (folder / "telemetry.jsonl").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(recipe, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    for field in ({"report_to": ["wandb"]}, {"trainer": {"report_to": "wandb"}}):
+        with pytest.raises(ConfigError, match=r"report_to='wandb'.*pip install wandb"):
+            bankwise.run(recipe(**field))
+    assert not Path(recipe()["output"]).exists()
 
 
 def test_checkpoints_open_as_ordinary_models_with_their_tokenizer(finished, texts):
@@ -510,7 +526,7 @@ def test_train_gives_the_checkpoint_of_the_whole_run(finished, tmp_path):
     folder = bankwise.train(settings, finished.folder / "untrained", quiet=True)
     one, other = (load_file(path / "checkpoint" / "model.safetensors") for path in (folder, finished.folder))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-    assert {path.name for path in folder.iterdir()} == {"recipe.yaml", "metrics.jsonl", "checkpoint"}
+    assert {path.name for path in folder.iterdir()} == {"recipe.yaml", "metrics.jsonl", "telemetry.jsonl", "checkpoint"}
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bankwise.config import Recipe, dump_recipe, load_plan, load_recipe
-from bankwise.data import TrainingRows, held_out_windows, mixed_windows, training_rows
+from bankwise.config import Recipe, Stage, dump_recipe, load_plan, load_recipe
+from bankwise.data import TrainingRows, held_out_windows, mixed_windows, probe_windows, training_rows
 from bankwise.errors import ConfigError
 from bankwise.evaluation.evaluator import check_models
 from bankwise.evaluation.perplexity import active_fraction, perplexity_and_recall
@@ -35,6 +36,8 @@ from bankwise.report import write_report
 from bankwise.training import COMPANION, train_stages, trained_tokens
 from bankwise.training.controls import DENSE_NARROW, check_controls, control_model, control_stages
 from bankwise.training.stages import remove_empty
+from bankwise.training.telemetry import TelemetryPlan, probe_size
+from bankwise.training.trackers import check_trackers
 from bankwise.upcycle import convert, load_dense
 from bankwise.upcycle.loading import LoadedDense
 
@@ -193,6 +196,7 @@ def train(
 def check_run(recipe: Recipe) -> None:
     """Refuse a recipe that `run` could not go through with, whatever the model."""
     check_controls(recipe)
+    check_trackers(recipe.trainer.get("report_to", recipe.report_to))
 
 
 def check_train(recipe: Recipe) -> None:
@@ -201,6 +205,7 @@ def check_train(recipe: Recipe) -> None:
         raise ConfigError("the recipe has no stages, so there is nothing to train")
     if any(stage.kd_weight and stage.teacher == "companion" for stage in recipe.stages):
         raise ConfigError("teacher='companion' needs a companion: use `bankwise run`, or teacher='dense'")
+    check_trackers(recipe.trainer.get("report_to", recipe.report_to))
 
 
 def check_folder(
@@ -356,6 +361,7 @@ def train_model(
         work,
         name=name,
         teacher=teacher,
+        telemetry=(lambda stage: _telemetry(recipe, stage, data, folder)) if recipe.telemetry_steps else None,
         resume=resume,
         seed=recipe.seed,
         metrics_file=folder / "metrics.jsonl",
@@ -365,6 +371,15 @@ def train_model(
     save_checkpoint(model, tokenizer, target)
     remove_empty(work.parent)
     return tokens
+
+
+def _telemetry(recipe: Recipe, stage: Stage, data: RunData, folder: Path) -> TelemetryPlan:
+    count = probe_size(stage, recipe.telemetry_steps, PartialState().num_processes)
+    return TelemetryPlan(
+        windows_WS=probe_windows(data.held_out, seq_len=stage.seq_len, num_windows=count),
+        every=recipe.telemetry_steps,
+        file=folder / "telemetry.jsonl",
+    )
 
 
 def _teacher(recipe: Recipe, dense: PreTrainedModel, companion: PreTrainedModel | None) -> PreTrainedModel | None:

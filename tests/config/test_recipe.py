@@ -101,6 +101,7 @@ def test_a_stage_counts_whole_steps_and_accumulated_passes():
         (lambda: Stage(log_steps=0), ["log_steps=0", "at least 1"]),
         (lambda: EvalConfig(windows=0), ["windows >= 1", "0"]),
         (lambda: Recipe(model="m", data=[]), ["data is empty", "package:pydoc"]),
+        (lambda: Recipe(model="m", telemetry_steps=-1), ["telemetry_steps=-1", "0 switches"]),
         (lambda: Recipe(model="m", held_out_fraction=1), ["held_out_fraction=1", "(0, 1)"]),
         (
             lambda: Recipe(model="m", companion=False, stages=[Stage(teacher="companion", kd_weight=1)]),

@@ -15,9 +15,10 @@ from bankwise.config.evaluation import EvaluationPlan, PerplexityPlan, RoutingPl
 from bankwise.errors import ConfigError
 from bankwise.evaluation import active_fraction, routing
 from bankwise.evaluation.engine import Engine
-from bankwise.evaluation.routing import routing_statistics, usage_entropy, usage_gini
+from bankwise.evaluation.routing import routing_statistics
 from bankwise.evaluation.suites import routing as suite
 from bankwise.ffn import sparse_layers
+from bankwise.ffn.routing_statistics import usage_entropy, usage_gini
 
 BANK, CHANNELS = 64, 256
 SETTINGS = [

@@ -242,6 +242,24 @@ def test_recall_is_mapped_over_layers_and_tokens(tmp_path: Path) -> None:
     assert len(rows) == LAYERS
 
 
+def test_readings_of_the_routing_are_drawn_where_there_are_any(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    assert "Routing on held-out text" not in write_report(tmp_path).read_text()
+    lines = []
+    for step, recall, churn in ((10, 0.5, None), (20, 0.1, 0.9), (20, 0.6, 0.3), (30, 0.7, 0.2)):
+        place = {"model": "sparse", "stage": "", "step": step, "tokens": step * 1024}
+        lines.append(place | {"recall": [recall, recall + 0.1], "churn": [churn, churn], "margin": [0.05, None]})
+        lines.append({"warning": "flapping", "message": "layer 1 flaps"} | place)
+    (tmp_path / "telemetry.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = write_report(tmp_path).read_text()
+    parse(text)
+    (drawn,) = re.findall(r'aria-label="Routing on held-out text: ([^"]*)"', text)
+    assert "recall, mean of the layers from 0.55" in drawn
+    assert "recall, worst layer from 0.5" in drawn
+    assert "churn, mean from 0.3" in drawn  # of step 20 the later reading, and none before it
+    assert "margin, mean from 0.05" in drawn
+
+
 def test_untrained_run_needs_no_metrics(tmp_path: Path) -> None:
     summary = write_run(tmp_path, without=("companion", "sparse", "closed"))
     (tmp_path / "metrics.jsonl").unlink()
@@ -268,6 +286,7 @@ def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
         ("metrics.jsonl", '{"model": "sparse", "step": 1, "tok'),
         ("metrics.jsonl", '{"model": "sparse", "step": 1, "tokens": 1024, "ce": null}'),
         ("held_out.jsonl", "[1]"),
+        ("telemetry.jsonl", '{"model": "sparse", "tokens": "1k"}'),
     ],
 )
 def test_corrupt_file_is_named(tmp_path: Path, name: str, content: str) -> None:

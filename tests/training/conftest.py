@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from bankwise.config import CalibrationConfig, SparsityConfig, Stage
 from bankwise.models.modeling import use_chunked_loss
 from bankwise.training import TokenWindows, UpcyclingTrainer
+from bankwise.training.telemetry import TelemetryPlan
 from bankwise.upcycle import convert
 
 
@@ -52,6 +53,10 @@ class Training:
         callback: TrainerCallback | None = None,
         name: str = "sparse",
         teacher: PreTrainedModel | None = None,
+        telemetry_steps: int = 0,
+        probe: torch.Tensor | None = None,
+        arguments: dict[str, Any] | None = None,
+        tokens_before: int = 0,
         **stage: Any,
     ) -> None:
         if name == "companion":
@@ -63,6 +68,10 @@ class Training:
         self.model = model
         self.folder = folder
         needed = self.stage.steps * self.stage.batch_tokens // self.stage.seq_len
+        plan = None
+        if telemetry_steps:
+            read = windows[:3] if probe is None else probe
+            plan = TelemetryPlan(windows_WS=read, every=telemetry_steps, file=folder / "telemetry.jsonl")
         self.trainer = UpcyclingTrainer(
             model,
             self.stage,
@@ -71,6 +80,9 @@ class Training:
             name=name,
             teacher=teacher,
             metrics_file=folder / "metrics.jsonl",
+            telemetry=plan,
+            arguments=arguments,
+            tokens_before=tokens_before,
             quiet=True,
         )
         if callback is not None:
@@ -82,7 +94,10 @@ class Training:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return self.lines("metrics.jsonl")
+
+    def lines(self, file: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / file).read_text().splitlines()]
 
 
 @pytest.fixture

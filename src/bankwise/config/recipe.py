@@ -146,10 +146,11 @@ class Recipe:
     """CPU threads; 0: the default of torch."""
 
     telemetry_steps: int = 50
-    """Steps between lines of routing statistics, by layer, on a fixed held-out probe batch; 0: none."""
+    """Steps between lines of routing statistics (telemetry.jsonl), by layer, on a fixed held-out probe batch, beside
+    those at the start and end of a stage; 0: none. More where they would cost more than 3 % of the run."""
 
     report_to: list[str] = field(default_factory=list)
-    """Trackers beside metrics.jsonl, as in transformers: tensorboard, wandb, trackio ..."""
+    """Trackers beside metrics.jsonl and telemetry.jsonl, as in transformers: tensorboard, wandb, trackio ..."""
 
     trainer: dict[str, Any] = field(default_factory=dict)
     """Further settings of transformers' `TrainingArguments`, for example `deepspeed: zero2.json`, `optim: adafactor`
@@ -163,6 +164,8 @@ class Recipe:
             raise ConfigError(f"controls={self.controls} must be different ones of {', '.join(CONTROLS)}")
         if not 0 < self.held_out_fraction < 1:
             raise ConfigError(f"held_out_fraction={self.held_out_fraction} is outside (0, 1)")
+        if self.telemetry_steps < 0:
+            raise ConfigError(f"telemetry_steps={self.telemetry_steps} is negative; 0 switches the telemetry off")
         if len({stage.teacher for stage in self.stages if stage.kd_weight}) > 1:
             raise ConfigError("stages name different teachers; a run has one: dense or companion in every stage")
         if not self.companion and any(stage.teacher == "companion" and stage.kd_weight for stage in self.stages):

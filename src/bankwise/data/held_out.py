@@ -1,7 +1,9 @@
 """The held-out windows of a run, by source: one fixed set for every model that is compared."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain, zip_longest
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -55,6 +57,20 @@ def document_windows(
                 f"{count} are asked for; ask for fewer windows, shorten seq_len or raise held_out_fraction"
             )
     return windows
+
+
+def probe_windows(held_out: Mapping[str, Tensor], *, seq_len: int, num_windows: int) -> Tensor:
+    """At most `num_windows` windows [n, seq_len] of the tokens of held-out windows, from each source in turn.
+
+    Longer windows than the held-out ones are joined from them; where all of them are too short for one, it ends early.
+    """
+    flat = [windows.flatten() for windows in held_out.values()]
+    if all(len(tokens) < seq_len for tokens in flat):
+        flat = [torch.cat(flat)]
+    seq_len = min(seq_len, max(map(len, flat)))
+    rows = [tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len) for tokens in flat]
+    in_turn = [row for row in chain.from_iterable(zip_longest(*rows)) if row is not None]
+    return torch.stack(in_turn[:num_windows])
 
 
 def _shared_out(sources: Sequence[DataSource], num_windows: int) -> list[tuple[str, DataSource, int]]:

@@ -15,3 +15,8 @@ POSITION_BUCKETS: dict[str, tuple[int, int]] = {
 def buckets_below(length: int) -> dict[str, tuple[int, int]]:
     """The buckets that a window of `length` tokens reaches, the last one cut at its end."""
     return {name: (first, min(end, length)) for name, (first, end) in POSITION_BUCKETS.items() if first < length}
+
+
+def bucket_of(position: int) -> str:
+    """Name of the bucket that a position lies in."""
+    return next(name for name, (_, end) in POSITION_BUCKETS.items() if position < end)

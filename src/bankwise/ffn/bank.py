@@ -68,7 +68,7 @@ def cut_banks(logits_TF: Tensor, *, bank_size: int, active_per_bank: int) -> Ban
     if active_per_bank == bank_size:
         return BankCut(torch.ones_like(logits_TF, dtype=torch.bool), None)
     logits_TNB = logits_TF.unflatten(-1, (-1, bank_size))
-    last_TN1, next_TN1 = _values_at_cut(logits_TNB, active_per_bank)
+    last_TN1, next_TN1 = values_at_cut(logits_TNB, active_per_bank)
     mask_TNB = logits_TNB >= last_TN1
     if _may_tie(last_TN1, next_TN1):
         above_TNB = logits_TNB > last_TN1
@@ -94,7 +94,8 @@ def token_chunks(num_tokens: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _values_at_cut(logits_TNB: Tensor, active_per_bank: int) -> tuple[Tensor, Tensor]:
+def values_at_cut(logits_TNB: Tensor, active_per_bank: int) -> tuple[Tensor, Tensor]:
+    """K-th and (K+1)-th largest logits of each bank [T, N, 1], K < B."""
     if logits_TNB.device.type == "cpu" and not torch.compiler.is_compiling():
         # numpy sorts short rows of float32 with vector instructions: 1.6 ms for 1024 tokens of 1536 channels, where
         # torch.topk takes 13 ms on two cores (docs/research-log.md, "Cost of a training step").

@@ -114,10 +114,10 @@ def _gate_value(
 def _boundary_probability(logits_TF: Tensor, threshold_TN1: Tensor, bank_size: int, ste_tau: float) -> Tensor:
     logits_TNB = logits_TF.unflatten(-1, (-1, bank_size))
     from_cut_TNB = logits_TNB - threshold_TN1
-    return torch.sigmoid(from_cut_TNB / _bank_width(from_cut_TNB.detach(), ste_tau)).flatten(-2)
+    return torch.sigmoid(from_cut_TNB / bank_width(from_cut_TNB.detach(), ste_tau)).flatten(-2)
 
 
-def _bank_width(from_cut_TNB: Tensor, ste_tau: float) -> Tensor:
+def bank_width(from_cut_TNB: Tensor, ste_tau: float) -> Tensor:
     """tau_b = tau * population standard deviation of each bank, [T, N, 1]; torch.std is 15 times slower on a CPU.
 
     Takes the logits less their bank's threshold: the difference of squares would lose a spread of 1 around 4096.
@@ -184,7 +184,7 @@ class SteUnitGate(torch.autograd.Function):
             if dz_TF is not None:
                 logits_TNB = to_routing_dtype(logits_TF[part]).unflatten(-1, (-1, bank_size))
                 from_cut_TNB = logits_TNB - threshold_TN1[part]
-                scale_TN1 = 1 / _bank_width(from_cut_TNB, tau)
+                scale_TN1 = 1 / bank_width(from_cut_TNB, tau)
                 p_TNB = from_cut_TNB.mul_(scale_TN1).sigmoid_()
                 slope_TF = (1 - p_TNB).mul_(p_TNB).mul_(alpha * scale_TN1).flatten(-2)
                 dz_TF[part] = slope_TF.mul_((h_TF[part] * dy_TF[part]).to(slope_TF.dtype))

@@ -40,8 +40,14 @@ class RoutingRecord:
     with_statistics: bool = True
     """Whether recall and retained energy are computed."""
 
+    with_gradients: bool = False
+    """Whether the backward pass adds up what reaches the routers: `lm_gradients`, `aux_gradients`."""
+
     token_fraction: float = 1.0
     """Share of the tokens (evenly spaced) that the auxiliary loss and the statistics read."""
+
+    observe: Callable[["SparseSwiGLU", Tensor, Tensor], None] | None = None
+    """Called with each layer, its dense activation h and its logits z, both [..., F] of all tokens."""
 
     layers: list[int] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
@@ -50,6 +56,11 @@ class RoutingRecord:
     """Retained energy of the predictor's choice."""
     retained_oracle: list[Tensor] = field(default_factory=list)
     """Retained energy of the oracle's choice."""
+    lm_gradients: dict[int, Tensor] = field(default_factory=dict)
+    """By layer: squared norm of d(loss without the auxiliary part)/dz, summed over tokens and backward passes. Only
+    layers whose router that loss should train: not frozen, not detached, and with something to choose."""
+    aux_gradients: dict[int, Tensor] = field(default_factory=dict)
+    """By layer: the same of the auxiliary part, as weighted in the loss."""
 
 
 class SparseSwiGLU(nn.Module):
@@ -121,7 +132,12 @@ class SparseSwiGLU(nn.Module):
     def active_mask(self, x_TD: Tensor) -> Tensor:
         """bool [..., F]: the channels that each token reads; exactly K per bank (but see `stat_topk`, and
         `oracle_global`, which keeps K / B of the whole layer)."""
-        scores_TF = self._scores(x_TD, self.dense_activation(x_TD) if self.sparsity.reads_all_channels else None)
+        return self.chosen(
+            self._scores(x_TD, self.dense_activation(x_TD) if self.sparsity.reads_all_channels else None)
+        )
+
+    def chosen(self, scores_TF: Tensor) -> Tensor:
+        """`active_mask` for the channels' scores, which are the routing logits where a predictor chooses."""
         if self.sparsity.gate_mode == "stat_topk":
             cut = cut_banks(scores_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank)
             return selected_channels(scores_TF, cut, "stat_topk", self.bank_size, self.active_per_bank)
@@ -164,7 +180,8 @@ class SparseSwiGLU(nn.Module):
             linear.weight.data = linear.weight.data.clone(memory_format=torch.contiguous_format)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        if not self.training and SparseSwiGLU.fast_forward is not None and not torch.is_grad_enabled():
+        is_plain = self.routing_record is None and not self.training and not torch.is_grad_enabled()
+        if is_plain and SparseSwiGLU.fast_forward is not None:
             y_TD = SparseSwiGLU.fast_forward(self, x_TD)
             if y_TD is not None:
                 return y_TD
@@ -176,9 +193,26 @@ class SparseSwiGLU(nn.Module):
             self._update_running_mean(h_TF, scores_TF)
         if self.routing_record is not None:
             self._record(self.routing_record, x_TD, h_TF, scores_TF)
-        if self.sparsity.predictor_grad in ("aux", "frozen") or self.sparsity.gate_mode == "detached":
+        if not self._has_router_gradient:
             scores_TF = scores_TF.detach()
         return self.down_proj(self._gate(h_TF, scores_TF))
+
+    @property
+    def _has_router_gradient(self) -> bool:
+        """Whether the gate passes a gradient of the model's loss to the logits."""
+        settings = self.sparsity
+        return (
+            settings.selection == "predictor"
+            and settings.predictor_grad in ("lm", "both")
+            and settings.gate_mode not in ("detached", "hard")
+        )
+
+    @property
+    def _active_now(self) -> int:
+        """Active channels per bank of this forward: the schedule's in training."""
+        if self.training and self.scheduled_active is not None:
+            return self.scheduled_active
+        return self.active_per_bank
 
     def _gate(self, h_TF: Tensor, scores_TF: Tensor) -> Tensor:
         settings = self.sparsity
@@ -188,9 +222,7 @@ class SparseSwiGLU(nn.Module):
         else:
             center_F = self.center.to(h_TF.dtype)
             moved_TF = h_TF - center_F
-        active = self.active_per_bank
-        if self.training and self.scheduled_active is not None:
-            active = self.scheduled_active
+        active = self._active_now
         # Without a predictor nothing would learn from a gate's gradient: it is the plain mask.
         gate_mode = settings.gate_mode if settings.selection == "predictor" else "hard"
         if gate_mode == "ste_unit" and settings.h_grad == "masked":
@@ -227,6 +259,13 @@ class SparseSwiGLU(nn.Module):
         running_F.lerp_(mean_F.to(running_F.dtype), 0.01 * (count_F > 0).to(running_F.dtype))
 
     def _record(self, record: RoutingRecord, x_TD: Tensor, h_TF: Tensor, scores_TF: Tensor) -> None:
+        if record.observe is not None:
+            record.observe(self, h_TF, scores_TF)
+        is_taught = self._has_router_gradient and self._active_now < self.bank_size and scores_TF.requires_grad
+        if record.with_gradients and is_taught:
+            _add_squared_gradient(record.lm_gradients, self.layer, scores_TF)
+        if not record.with_loss and not record.with_statistics:
+            return
         stride = max(1, round(1 / record.token_fraction))
         h_TF = h_TF.detach().flatten(0, -2)[::stride]
         energy_TF = channel_energy(h_TF, self.down_proj.weight, self._center())
@@ -235,6 +274,8 @@ class SparseSwiGLU(nn.Module):
         if record.with_loss and self.sparsity.trains_predictor and self.sparsity.predictor_grad != "lm":
             # The loss sees the input detached: it may train the predictor, never reshape the trunk.
             own_TF = self.logits(x_TD.detach().flatten(0, -2)[::stride])
+            if record.with_gradients and own_TF.requires_grad:
+                _add_squared_gradient(record.aux_gradients, self.layer, own_TF)
             record.losses.append(
                 routing_loss(
                     own_TF, energy_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank,
@@ -253,6 +294,17 @@ class SparseSwiGLU(nn.Module):
             f"active={self.active_per_bank} of {self.bank_size}, gate_mode={self.sparsity.gate_mode}, "
             f"selection={self.sparsity.selection}"
         )
+
+
+@torch.compiler.disable
+def _add_squared_gradient(sums: dict[int, Tensor], layer: int, logits_TF: Tensor) -> None:
+    """Let the backward pass add the squared norm of the gradient of `logits_TF` to the layer's sum."""
+    sums.setdefault(layer, torch.zeros((), device=logits_TF.device))
+
+    def add(gradient_TF: Tensor) -> None:
+        sums[layer] = sums[layer] + gradient_TF.detach().float().square().sum()
+
+    logits_TF.register_hook(add)
 
 
 def _is_recomputing() -> bool:

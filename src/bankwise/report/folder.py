@@ -34,6 +34,9 @@ class RunFolder:
     held_out: list[dict[str, Any]]
     """`held_out.jsonl`, the last line of each (model, tokens), by tokens; empty where the file is missing."""
 
+    telemetry: list[dict[str, Any]]
+    """The readings of `telemetry.jsonl`, the last one of each (model, tokens), by tokens; empty without the file."""
+
     recipe: str
     """`recipe.yaml`, verbatim."""
 
@@ -74,7 +77,11 @@ def read_run(folder: Path) -> RunFolder:
     is_trained = any(summary.get(model) for model in TRAINED)
     metrics = _read_lines(folder / "metrics.jsonl", key="step", numbers=("ce", "tokens", "step"), required=is_trained)
     held_out = _read_lines(folder / "held_out.jsonl", key="tokens", numbers=("tokens", "loss"), required=False)
-    return RunFolder(summary=summary, metrics=metrics, held_out=held_out, recipe=_read_text(folder / "recipe.yaml"))
+    telemetry = _read_lines(
+        folder / "telemetry.jsonl", key="tokens", numbers=("tokens", "step"), required=False, without="warning"
+    )  # fmt: skip
+    recipe = _read_text(folder / "recipe.yaml")
+    return RunFolder(summary=summary, metrics=metrics, held_out=held_out, telemetry=telemetry, recipe=recipe)
 
 
 def check_summary(summary: Any, source: str) -> dict[str, Any]:
@@ -135,7 +142,10 @@ def _read_json(path: Path) -> Any:
         raise DataError(f"{path} is not valid JSON: {error}") from error
 
 
-def _read_lines(path: Path, *, key: str, numbers: tuple[str, ...], required: bool) -> list[dict[str, Any]]:
+def _read_lines(
+    path: Path, *, key: str, numbers: tuple[str, ...], required: bool, without: str = ""
+) -> list[dict[str, Any]]:
+    """The last line of each (model, `key`), by tokens; lines that have the field `without` are left out."""
     if not required and not path.exists():
         return []
     kept: dict[tuple[str, float], dict[str, Any]] = {}
@@ -147,6 +157,8 @@ def _read_lines(path: Path, *, key: str, numbers: tuple[str, ...], required: boo
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number} is not valid JSON: {error}") from error
         _check_numbers(line, numbers, f"{path}, line {number}")
+        if without and without in line:
+            continue
         # A resumed run may log a step twice; the later line is the one that the checkpoint went on from.
         kept[str(line.get("model")), line[key]] = line
     return sorted(kept.values(), key=lambda line: line["tokens"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from statistics import mean
 from typing import Any
 
 from bankwise.report.charts import Interval, Series, interval_chart, line_chart, smooth
@@ -125,6 +127,34 @@ def recall_over_training_figure(run: RunFolder) -> str:
         show=fraction,
         has_text=False,
     )
+
+
+def telemetry_figure(run: RunFolder) -> str:
+    """Recall, margin and churn on the held-out probe batch by trained tokens; empty where no telemetry was written."""
+    lines = [line for line in run.telemetry if line.get("model") == "sparse"]
+    if not lines:
+        return ""
+    series = [
+        Series(name="recall, mean of the layers", points=_over_layers(lines, "recall", mean), style=STYLES["sparse"]),
+        Series(name="recall, worst layer", points=_over_layers(lines, "recall", min), style=STYLES["untrained"]),
+        Series(name="churn, mean", points=_over_layers(lines, "churn", mean), style=_ORACLE_STYLE),
+        Series(name="margin, mean", points=_over_layers(lines, "margin", mean), style=BASELINE_STYLE),
+    ]
+    caption = (
+        "Read on the same held-out windows each time. Recall should rise or stay while the loss falls. Churn is the "
+        "share of the chosen channels that the next reading no longer chooses; it should fall with the learning rate. "
+        "Where it is high and the margin (the step in the logits at the cut, in standard deviations) near 0, the "
+        "choice flaps."
+    )
+    return line_chart(
+        "Routing on held-out text", series, caption, x_axis="trained tokens", y_label="share", y_range=(0.0, 1.0)
+    )  # fmt: skip
+
+
+def _over_layers(lines: list[dict[str, Any]], field: str, combine: Callable[[list[float]], float]) -> Points:
+    """Points (tokens, `field` combined over the layers that have it)."""
+    known = [(line["tokens"], [v for v in line.get(field) or [] if is_number(v)]) for line in lines]
+    return _finite([(tokens, combine(values)) for tokens, values in known if values])
 
 
 def _by_layer(title: str, series: list[Series], caption: str, y_label: str) -> str:

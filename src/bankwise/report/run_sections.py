@@ -48,6 +48,7 @@ def run_sections(run: RunFolder, *, prefix: str = "", opening: list[Part] | None
                         run_figures.recall_figure(run),
                         run_figures.retained_figure(run),
                         run_figures.recall_over_training_figure(run),
+                        run_figures.telemetry_figure(run),
                     ]
                 ),
                 Shown(run_tables.layers_table(run), is_folded=True),

@@ -15,6 +15,7 @@ from bankwise.data import RowCollator
 from bankwise.training.checkpointing import checkpoint_step, last_whole_checkpoint
 from bankwise.training.optimizer import has_trainable_predictors
 from bankwise.training.rope import change_rope
+from bankwise.training.telemetry import TelemetryPlan
 from bankwise.training.trainer import UpcyclingTrainer
 
 
@@ -37,13 +38,14 @@ def train_stages(
     work: Path,
     *,
     teacher: PreTrainedModel | None = None,
+    telemetry: Callable[[Stage], TelemetryPlan] | None = None,
     resume: bool = False,
     **settings: Any,
 ) -> int:
     """Train `model` in place on each of its stages; returns the tokens it has read.
 
-    `rows(i)` are the training rows of stage i, and `settings` go to `UpcyclingTrainer`. Checkpoints go to
-    `work/stage-i`; with `resume` the training goes on from the last whole one.
+    `rows(i)` are the training rows of stage i, `telemetry(stage)` says how its routing is read, and `settings` go to
+    `UpcyclingTrainer`. Checkpoints go to `work/stage-i`; with `resume` the training goes on from the last whole one.
     """
     own = list(stages_of(model, stages))
     first, last = _last_checkpoint(own, work) if resume else (0, None)
@@ -63,6 +65,7 @@ def train_stages(
                 work / f"stage-{number}",
                 collate=RowCollator(stage.packing),
                 teacher=teacher if stage.kd_weight else None,
+                telemetry=None if telemetry is None else telemetry(stage),
                 tokens_before=tokens,
                 save_at_end=position + 1 < len(own),
                 **settings,

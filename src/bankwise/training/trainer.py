@@ -37,6 +37,7 @@ from bankwise.training.optimizer import has_trainable_predictors, parameter_grou
 from bankwise.training.progress import PrintProgress
 from bankwise.training.schedules import ChannelSchedule, aux_weight, scheduler_arguments
 from bankwise.training.stopping import StopAtSignal
+from bankwise.training.telemetry import Telemetry, TelemetryPlan
 
 COMPANION = "companion"
 """Name of the training whose model is the dense companion."""
@@ -73,6 +74,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
         teacher: PreTrainedModel | None = None,
         seed: int = 0,
         metrics_file: Path | None = None,
+        telemetry: TelemetryPlan | None = None,
         tokens_before: int = 0,
         save_at_end: bool = False,
         arguments: dict[str, Any] | None = None,
@@ -135,6 +137,10 @@ class UpcyclingTrainer(CheckpointingTrainer):
         self.model_accepts_loss_kwargs = True
         self.add_callback(ChannelSchedule(stage, model))
         self.remove_callback(PrinterCallback)
+        self.telemetry: Telemetry | None = None
+        if telemetry is not None and self.has_predictors:
+            self.telemetry = Telemetry(self, sparse_layers(model), telemetry)
+            self.add_callback(self.telemetry)
         self.add_callback(_LogAtTheEnd(stage))
         self.add_callback(self.stop)
         if not quiet:
@@ -161,18 +167,24 @@ class UpcyclingTrainer(CheckpointingTrainer):
         """
         self.record = None
         with_loss = self.has_predictors and aux_weight(self.stage, self.state.global_step) > 0
-        is_logged = _is_logged(self.stage, self.state.global_step + 1)
-        if not self.is_sparse or not (with_loss or is_logged):
+        step = self.state.global_step + 1
+        is_logged = _is_logged(self.stage, step)
+        is_read = self.telemetry is not None and self.telemetry.is_due(step)
+        if not self.is_sparse or not (with_loss or is_logged or is_read):
             return super().training_step(model, inputs, num_items_in_batch)
         with record_routing(
             model,
             with_loss=with_loss,
             with_statistics=is_logged,
+            with_gradients=is_read,
             loss_kind=self.stage.aux_loss,
             scope=self.stage.aux_scope,
             token_fraction=self.stage.aux_token_fraction,
         ) as self.record:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.telemetry is not None and is_read:
+            self.telemetry.add_gradients(self.record)
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
