@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from bankwise.evaluation.cost import token_cost
+from bankwise.models.cost import token_cost
 from torch.utils.checkpoint import checkpoint
 
 from bankwise.config import SparsityConfig
