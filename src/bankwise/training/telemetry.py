@@ -19,12 +19,14 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bankwise.config import Stage
 from bankwise.errors import TrainingError
 from bankwise.ffn import RoutingRecord, SparseSwiGLU
+from bankwise.training.checkpointing import append_line, trim_record
 from bankwise.training.failure_signs import FailureSigns
 from bankwise.training.probe import RoutingProbe
 
@@ -91,7 +93,13 @@ class Telemetry(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._started, self._first_step = time.perf_counter(), state.global_step
-        for line in _lines_before(self.plan.file, self.trainer.name, self._tokens(0), self._tokens(state.global_step)):
+        # Only the main process is sure to see the file, and all must see the same signs, for one of them stops the run.
+        before: list[Any] = [None]
+        if self.trainer.is_world_process_zero():
+            now = self._tokens(state.global_step)
+            trim_record(self.plan.file, self.trainer.name, now)
+            before = [_lines_before(self.plan.file, self.trainer.name, self._tokens(0), now)]
+        for line in broadcast_object_list(before)[0]:
             self._signs.look(line)
         if state.global_step == 0:
             self._read(0)  # what recall falls from, and masks change from
@@ -187,8 +195,7 @@ class Telemetry(TrainerCallback):
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.trainer.is_world_process_zero():
-            with self.plan.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.plan.file, line)
 
 
 def _scalars(line: dict[str, Any]) -> dict[str, float]:
