@@ -21,8 +21,8 @@ from bankwise.ffn.gates import SteUnitGate
 from bankwise.ffn.layer import SparseSwiGLU
 from bankwise.ffn.predictor import Predictor
 from bankwise.kernels.cpu import library
-from bankwise.kernels.cpu.training import CpuSteUnitGate, ProductLogits
 from bankwise.kernels.cpu.packing import PackedWeights, dense_forward_int8, is_current, pack
+from bankwise.kernels.cpu.training import CpuSteUnitGate, ProductLogits
 from bankwise.kernels.triton import support
 
 KERNELS = ("reference", "cpu", "triton")
@@ -183,19 +183,18 @@ def unit_gate(h_TF: Tensor, logits_TF: Tensor, *settings: float) -> Tensor:
     elif (
         h_TF.dtype in CPU_LIMITS.dtypes
         and active_per_bank < bank_size <= library.MAX_BANK
-        and logits_TF.shape == h_TF.shape
         and _trains_on_cpu(logits_TF, h_TF)
     ):
-        gate = CpuSteUnitGate
-    try:
-        return gate.apply(h_TF, logits_TF, *settings)
-    except RuntimeError as error:
-        raise _translated(error) from None
+        try:
+            return CpuSteUnitGate.apply(h_TF, logits_TF, *settings)
+        except RuntimeError as error:
+            raise _translated(error) from None
+    return gate.apply(h_TF, logits_TF, *settings)
 
 
 def product_logits(code_TR: Tensor, expand_FR: Tensor, *vectors_F: Tensor) -> Tensor | None:
     """Logits of the predictor's product form by the fused operator, or None where the reference has to run."""
-    if not _trains_on_cpu(code_TR, expand_FR, *vectors_F) or expand_FR.dtype != torch.float32:
+    if not _trains_on_cpu(code_TR, expand_FR, *vectors_F):
         return None
     return ProductLogits.apply(code_TR, expand_FR, *vectors_F)
 

@@ -1053,6 +1053,15 @@ INLINE void store_floats(float* p, Floats v, int count) {
   memcpy(p, lanes, count * sizeof(float));
 }
 
+// Rounded to the nearest bfloat16, ties to even.
+INLINE void store_halves(uint16_t* p, Floats v, int count) {
+  const Words words = (Words)v;
+  const Words nearest = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
+  const Ints is_nan = v != v;
+  const Halves halves = __builtin_convertvector((nearest & ~(Words)is_nan) | (0x7fc0 & (Words)is_nan), Halves);
+  memcpy(p, &halves, count * sizeof(uint16_t));
+}
+
 INLINE int lanes_left(int64_t i, int64_t size) { return (int)(size - i < kLanes ? size - i : kLanes); }
 
 void exponential(const float* x, int64_t count, float* out) {
@@ -1077,7 +1086,7 @@ void energy(const Energy& problem, int64_t begin, int64_t end) {
 }
 
 // Gradients of one vector of channels for `n` tokens, added to the chunk's sums.
-template <int n>
+template <int n, bool is_half>
 INLINE void energy_gradients(const Energy& problem, int64_t t, int64_t i, int count, float* sums) {
   const Floats gate_offset = load<Floats>(problem.gate_offset + i), up_offset = load<Floats>(problem.up_offset + i);
   const Floats gate_noise = load<Floats>(problem.gate_noise + i), up_noise = load<Floats>(problem.up_noise + i);
@@ -1092,15 +1101,21 @@ INLINE void energy_gradients(const Energy& problem, int64_t t, int64_t i, int co
     const Floats small = exp_of(select(gate < 0.0f, gate, -gate));
     const Floats closed = select(gate < 0.0f, splat(1.0f), small) / (1.0f + small);  // sigmoid(-gate)
     const Floats dgate = 2.0f * (per_gate * gate + closed * dz), dup = 2.0f * (per_up * up);
-    store_floats(problem.gate_gradient + at, dgate, count);
-    store_floats(problem.up_gradient + at, dup, count);
+    if constexpr (is_half) {
+      store_halves((uint16_t*)problem.gate_gradient + at, dgate, count);
+      store_halves((uint16_t*)problem.up_gradient + at, dup, count);
+    } else {
+      store_floats((float*)problem.gate_gradient + at, dgate, count);
+      store_floats((float*)problem.up_gradient + at, dup, count);
+    }
     const Floats terms[kEnergySums] = {per_gate, per_up, dgate, dup, dz};
     for (int s = 0; s < kEnergySums; ++s) total[s] += terms[s];
   }
   for (int s = 0; s < kEnergySums; ++s) store(sums + s * problem.padded + i, total[s]);
 }
 
-void energy_backward(const Energy& problem, int64_t begin, int64_t end) {
+template <bool is_half>
+void energy_backward_of(const Energy& problem, int64_t begin, int64_t end) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     float* sums = problem.sums + chunk * kEnergySums * problem.padded;
     memset(sums, 0, kEnergySums * problem.padded * sizeof(float));
@@ -1108,15 +1123,20 @@ void energy_backward(const Energy& problem, int64_t begin, int64_t end) {
     int64_t t = chunk * kSumTokens;
     for (; t + 4 <= last; t += 4) {
       for (int64_t i = 0; i < problem.channels; i += kLanes) {
-        energy_gradients<4>(problem, t, i, lanes_left(i, problem.channels), sums);
+        energy_gradients<4, is_half>(problem, t, i, lanes_left(i, problem.channels), sums);
       }
     }
     for (; t < last; ++t) {
       for (int64_t i = 0; i < problem.channels; i += kLanes) {
-        energy_gradients<1>(problem, t, i, lanes_left(i, problem.channels), sums);
+        energy_gradients<1, is_half>(problem, t, i, lanes_left(i, problem.channels), sums);
       }
     }
   }
+}
+
+void energy_backward(const Energy& problem, int64_t begin, int64_t end) {
+  return problem.gradient_type == kFloat32 ? energy_backward_of<false>(problem, begin, end)
+                                           : energy_backward_of<true>(problem, begin, end);
 }
 
 void add_chunks(const Energy& problem, int64_t chunks, int64_t which, float* out) {

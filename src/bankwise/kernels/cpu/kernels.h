@@ -99,7 +99,8 @@ struct Energy {
   float* logits = nullptr;                                         // [T, F]
   // Backward.
   const float* gradient = nullptr;                                 // of the logits, [T, F]
-  float *gate_gradient = nullptr, *up_gradient = nullptr;          // [T, F]
+  Type gradient_type = kFloat32;
+  void *gate_gradient = nullptr, *up_gradient = nullptr;           // [T, F] of gradient_type
   float* sums = nullptr;                                           // [chunks, kEnergySums, padded]
 };
 

@@ -1,7 +1,7 @@
 """The compiled operators as Python sees them: loaded once, traceable by `torch.compile`.
 
-Shapes: T leading dimensions (at most 8 tokens in the operators of inference), D hidden, F channels, N banks, R predictor rank, O output columns,
-        P a row of D padded to whole 64-byte lines.
+Shapes: T leading dimensions (at most 8 tokens in the operators of inference), D hidden, F channels, N banks,
+        R predictor rank, O output columns, P a row of D padded to whole 64-byte lines.
 """
 
 import os
@@ -115,8 +115,16 @@ def _fake_energy_logits(gate: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(gate)
 
 
-def _fake_energy_logits_backward(gradient: Tensor, gate: Tensor, up: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-    return torch.empty_like(gate), torch.empty_like(up), *(gate.new_empty(gate.shape[1]) for _ in range(5))
+def _fake_energy_logits_backward(
+    gradient: Tensor, gate: Tensor, up: Tensor, gate_offset: Tensor, up_offset: Tensor, gate_log_noise: Tensor,
+    up_log_noise: Tensor, rounded: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dtype = torch.bfloat16 if rounded else torch.float32
+    return (
+        torch.empty_like(gate, dtype=dtype),
+        torch.empty_like(up, dtype=dtype),
+        *(torch.empty_like(gate_offset) for _ in range(5)),
+    )
 
 
 def _fake_unit_gate(h: Tensor, logits: Tensor, bank_size: int, active: int, tau: float) -> tuple[Tensor, ...]:

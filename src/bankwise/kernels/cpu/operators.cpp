@@ -545,10 +545,10 @@ Tensor energy_logits(Tensor gate, Tensor up, Tensor gate_offset, Tensor up_offse
   return logits;
 }
 
-// Gradients of gate and up [T, F], gate_offset, up_offset, gate_log_noise, up_log_noise and bias [F].
+// Gradients of gate and up [T, F] (float32 or rounded to bfloat16), gate_offset, up_offset, gate_log_noise, up_log_noise and bias [F].
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> energy_logits_backward(
     Tensor gradient, Tensor gate, Tensor up, Tensor gate_offset, Tensor up_offset, Tensor gate_log_noise,
-    Tensor up_log_noise) {
+    Tensor up_log_noise, bool rounded) {
   const Kernels& isa = kernels();
   Energy problem;
   const EnergyVectors vectors(isa, &problem, gate, gate_offset, up_offset, gate_log_noise, up_log_noise, std::nullopt);
@@ -556,10 +556,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> energy_logits
   problem.gate = floats(gate, count, "gate");
   problem.up = floats(up, count, "up");
   problem.gradient = floats(gradient, count, "the gradient of the logits");
-  Tensor gate_gradient = new_like(gate, {problem.tokens, problem.channels}, ScalarType::Float);
-  Tensor up_gradient = new_like(gate, {problem.tokens, problem.channels}, ScalarType::Float);
-  problem.gate_gradient = static_cast<float*>(gate_gradient.mutable_data_ptr());
-  problem.up_gradient = static_cast<float*>(up_gradient.mutable_data_ptr());
+  const ScalarType type = rounded ? ScalarType::BFloat16 : ScalarType::Float;
+  Tensor gate_gradient = new_like(gate, {problem.tokens, problem.channels}, type);
+  Tensor up_gradient = new_like(gate, {problem.tokens, problem.channels}, type);
+  problem.gradient_type = rounded ? kBFloat16 : kFloat32;
+  problem.gate_gradient = gate_gradient.mutable_data_ptr();
+  problem.up_gradient = up_gradient.mutable_data_ptr();
   const int64_t chunks = (problem.tokens + kSumTokens - 1) / kSumTokens;
   const int64_t num_sums = std::max<int64_t>(chunks, 1) * kEnergySums * problem.padded;
   Scratch scratch(Scratch::size_of<float>(num_sums));
@@ -696,7 +698,8 @@ STABLE_TORCH_LIBRARY(bankwise, m) {
       "Tensor up_log_noise, Tensor bias) -> Tensor");
   m.def(
       "energy_logits_backward(Tensor gradient, Tensor gate, Tensor up, Tensor gate_offset, Tensor up_offset, "
-      "Tensor gate_log_noise, Tensor up_log_noise) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor gate_log_noise, Tensor up_log_noise, bool rounded) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "unit_gate_cpu(Tensor h, Tensor logits, int bank_size, int active, float tau) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
