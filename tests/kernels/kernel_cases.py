@@ -11,6 +11,8 @@ import torch.nn.functional as functional
 
 from bankwise import SparsityConfig
 from bankwise.ffn import SparseSwiGLU, bank_topk_mask_reference
+from bankwise.ffn.gates import SteUnitGate
+from bankwise.ffn.predictor import expected_energy_reference
 from bankwise.kernels import dispatch
 from bankwise.kernels.cpu import library
 from bankwise.kernels.cpu.packing import pack, pack_int8
@@ -144,6 +146,71 @@ def check_route(seed: int) -> None:
     assert torch.equal(mask, bank_topk_mask_reference(logits, bank_size=size, active_per_bank=active)), (seed, size)
 
 
+def check_energy(seed: int) -> None:
+    """Logits of the product form and their gradients against float64.
+
+    Each result is a sum of terms with either sign, each good to a few units in the last place of float32 (6e-8), so the
+    bound is 1e-6 of the sum of the terms' sizes, not of the result.
+    """
+    draw = random.Random(seed)
+    shape = draw.choice([0, 1, 3, 4, 127, 128, 130, 300]), draw.choice([1, 7, 16, 33, 64, 77, 192])
+    generator = torch.Generator().manual_seed(seed)
+    spread = draw.choice([0.1, 1.0, 4.0, 30.0])
+    gate_TF, up_TF, dz_TF = (torch.randn(shape, generator=generator) * scale for scale in (spread, spread, 1))
+    vectors = [torch.randn(shape[1], generator=generator) * scale for scale in (1, 1, 3, 3, 1)]
+    # The offsets are added in float32 by the definition too. A copy of the vectors for every token keeps their
+    # gradients apart, so that the size of a sum's terms is known.
+    inputs = gate_TF + vectors[0], up_TF + vectors[1], *(vector.expand(shape) for vector in vectors[2:])
+    exact = [value.double().requires_grad_() for value in inputs]
+    logits_TF = expected_energy_reference(*exact[:4]) + exact[4]
+    logits_TF.backward(dz_TF.double())
+    with torch.no_grad():
+        sizes_TF = functional.logsigmoid(exact[0]).abs() * 2 + exact[4].abs()
+        for value, noise in ((exact[0], exact[2]), (exact[1], exact[3])):
+            sizes_TF += (value.square() + noise.exp()).log().abs()
+        actual_TF = torch.ops.bankwise.energy_logits(gate_TF, up_TF, *vectors)
+        assert ((actual_TF - logits_TF).abs() <= 1e-6 * (1 + sizes_TF)).all(), (seed, shape)
+        found = torch.ops.bankwise.energy_logits_backward(dz_TF, gate_TF, up_TF, *vectors[:4], False)
+        gradients = [value.grad for value in exact]
+        for actual_TF, exact_TF in zip(found[:2], gradients, strict=False):
+            assert ((actual_TF - exact_TF).abs() <= 1e-6 * (exact_TF.abs() + 4 * dz_TF.abs())).all(), (seed, shape)
+        for actual_F, exact_TF in zip(found[2:], gradients, strict=True):
+            size_F = (exact_TF.abs() + 4 * dz_TF.abs()).sum(dim=0)
+            assert ((actual_F - exact_TF.sum(dim=0)).abs() <= 1e-6 * size_F).all(), (seed, shape)
+
+
+def check_unit_gate(seed: int) -> None:
+    """The gate against `SteUnitGate` in float64: the same mask and dh, and dz up to the rounding of float32.
+
+    dz = slope * h * dy, where the slope is at most alpha / (4 width) and moves by 1e-7 of alpha / width when the
+    logit's distance from the cut is rounded: the bound is 1e-6 alpha / width * |h * dy|.
+    """
+    draw = random.Random(seed)
+    size = draw.choice([2, 3, 16, 20, 40, 64, 64, 64, 65, 100, 128, 1000])
+    active = draw.randint(1, size - 1)
+    shape = draw.choice([0, 1, 3, 9]), size * draw.randint(1, 6)
+    dtype = draw.choice([torch.float32, torch.bfloat16])
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator)
+    z_TF = draw.choice([values, values, values * 40, values.bfloat16().float(), values.round(), torch.zeros(shape)])
+    h_TF, dy_TF = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    alpha, tau = draw.choice([0.5, 1.0]), draw.choice([0.7, 1.0, 2.0])
+
+    gated_TF, *per_bank = torch.ops.bankwise.unit_gate_cpu(h_TF, z_TF, size, active, tau)
+    dh_TF, dz_TF = torch.ops.bankwise.unit_gate_cpu_backward(
+        dy_TF, h_TF, z_TF, *per_bank, size, alpha, True, True
+    )  # fmt: skip
+    exact = [value.double().requires_grad_() for value in (h_TF, z_TF)]
+    expected_TF = SteUnitGate.apply(*exact, size, active, alpha, tau)
+    expected_TF.backward(dy_TF.double())
+    assert torch.equal(gated_TF.double(), expected_TF), (seed, shape)
+    assert torch.equal(dh_TF.double(), exact[0].grad), (seed, shape)
+    z_TNB = z_TF.double().unflatten(-1, (-1, size))
+    deviation = (z_TNB - z_TNB.mean(dim=-1, keepdim=True)).square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
+    bound = 1e-6 * alpha / (tau * deviation) * (h_TF.double() * dy_TF.double()).abs().unflatten(-1, (-1, size))
+    assert ((dz_TF.double() - exact[1].grad).abs() <= bound.flatten(-2)).all(), (seed, shape)
+
+
 def main() -> None:
     library.load()
     torch.set_num_threads(2)
@@ -152,7 +219,9 @@ def main() -> None:
             for seed in range(40):
                 check_case(random_case(seed))
                 check_route(seed)
-        print(f"{isa}: 80 cases agree with the reference")
+                check_energy(seed)
+                check_unit_gate(seed)
+        print(f"{isa}: 160 cases agree with the reference")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ Two forms with the same matrices, `reduce.weight` [R, D] and `expand.weight` [F,
 Logits are float32 whatever the dtype of the model. Shapes: T leading dimensions, D hidden, F channels, R rank.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as functional
@@ -79,6 +80,10 @@ class Predictor(nn.Module):
     gate_log_noise: Tensor
     up_log_noise: Tensor
 
+    product_logits: ClassVar[Callable[..., Tensor | None] | None] = None
+    """Set by `bankwise.kernels`: z of (code, expand, the two offsets, the two noises, bias), all float32, or None where
+    the reference has to run."""
+
     def __init__(self, hidden_size: int, ffn_size: int, rank: int, form: str) -> None:
         super().__init__()
         self.form = form
@@ -104,10 +109,16 @@ class Predictor(nn.Module):
             half = reduce_RD.shape[0] // 2
             code_TR = functional.linear(to_routing_dtype(x_TD.flatten(0, -2)), to_routing_dtype(reduce_RD))
             expand_FR = to_routing_dtype(expand_FR)
-            energy_TF = ExpectedEnergy.apply(
-                functional.linear(code_TR[:, :half], expand_FR[:, :half], to_routing_dtype(self.gate_offset)),
-                functional.linear(code_TR[:, half:], expand_FR[:, half:], to_routing_dtype(self.up_offset)),
-                to_routing_dtype(self.gate_log_noise),
-                to_routing_dtype(self.up_log_noise),
-            )
-            return energy_TF.add_(to_routing_dtype(bias_F)).view(*x_TD.shape[:-1], bias_F.shape[0])
+            names = ("gate_offset", "up_offset", "gate_log_noise", "up_log_noise")
+            vectors = [to_routing_dtype(getattr(self, name)) for name in names]
+            logits_TF = None
+            if Predictor.product_logits is not None:
+                logits_TF = Predictor.product_logits(code_TR, expand_FR, *vectors, to_routing_dtype(bias_F))
+            if logits_TF is None:
+                energy_TF = ExpectedEnergy.apply(
+                    functional.linear(code_TR[:, :half], expand_FR[:, :half], vectors[0]),
+                    functional.linear(code_TR[:, half:], expand_FR[:, half:], vectors[1]),
+                    *vectors[2:],
+                )
+                logits_TF = energy_TF.add_(to_routing_dtype(bias_F))
+            return logits_TF.view(*x_TD.shape[:-1], bias_F.shape[0])

@@ -22,6 +22,7 @@ from bankwise.ffn.layer import SparseSwiGLU
 from bankwise.ffn.predictor import Predictor
 from bankwise.kernels.cpu import library
 from bankwise.kernels.cpu.packing import PackedWeights, dense_forward_int8, is_current, pack
+from bankwise.kernels.cpu.training import CpuSteUnitGate, ProductLogits
 from bankwise.kernels.triton import support
 
 KERNELS = ("reference", "cpu", "triton")
@@ -172,13 +173,42 @@ def pack_for(layer: SparseSwiGLU, choice: Choice) -> PackedWeights:
 
 
 def unit_gate(h_TF: Tensor, logits_TF: Tensor, *settings: float) -> Tensor:
-    """`SteUnitGate.apply`, on a GPU in its fused form."""
+    """`SteUnitGate.apply`, fused into one pass each way where a kernel can."""
     gate: Any = SteUnitGate
-    if support.runs_gate(requested_kernel(), h_TF.device.type, h_TF.dtype, logits_TF.dtype, int(settings[0])):
+    bank_size, active_per_bank = int(settings[0]), int(settings[1])
+    if support.runs_gate(requested_kernel(), h_TF.device.type, h_TF.dtype, logits_TF.dtype, bank_size):
         from bankwise.kernels.triton.gate import FusedSteUnitGate
 
         gate = FusedSteUnitGate
+    elif (
+        h_TF.dtype in CPU_LIMITS.dtypes
+        and active_per_bank < bank_size <= library.MAX_BANK
+        and _trains_on_cpu(logits_TF, h_TF)
+    ):
+        try:
+            return CpuSteUnitGate.apply(h_TF, logits_TF, *settings)
+        except RuntimeError as error:
+            raise _translated(error) from None
     return gate.apply(h_TF, logits_TF, *settings)
+
+
+def product_logits(code_TR: Tensor, expand_FR: Tensor, *vectors_F: Tensor) -> Tensor | None:
+    """Logits of the predictor's product form by the fused operator, or None where the reference has to run."""
+    if not _trains_on_cpu(code_TR, expand_FR, *vectors_F):
+        return None
+    return ProductLogits.apply(code_TR, expand_FR, *vectors_F)
+
+
+def _trains_on_cpu(logits_TF: Tensor, *others: Tensor) -> bool:
+    """Whether the CPU operators of training take float32 logits (or what they are made of) like these."""
+    return (
+        not torch.compiler.is_compiling()
+        and logits_TF.dtype == torch.float32
+        # A subclass (a DTensor) has its own rules for operators, which ours do not know.
+        and all(type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu" for value in (logits_TF, *others))
+        and requested_kernel() != "reference"
+        and cpu_operators().kernel == "cpu"
+    )
 
 
 def run_packed(

@@ -337,12 +337,19 @@ INLINE Floats log_of(Floats x) {
   return select(x != x, x, ended);
 }
 
-// ffn/predictor.py: log(g^2 + var_g) + 2 logsigmoid(g) + log(u^2 + var_u).
-INLINE Floats expected_energy(Floats gate, Floats up, Floats gate_log_noise, Floats up_log_noise) {
+// ffn/predictor.py: log(g^2 + var_g) + 2 logsigmoid(g) + log(u^2 + var_u). One logarithm of the product of the three
+// mantissas; the exponents are added apart, so that no product leaves the range.
+INLINE Floats expected_energy(Floats gate, Floats up, Floats gate_noise, Floats up_noise) {
   const Floats closed = select(gate < 0.0f, gate, splat(0.0f));
-  const Floats log_sigmoid = closed - log_of(1.0f + exp_of(select(gate < 0.0f, gate, -gate)));
-  const Floats gate_energy = log_of(gate * gate + exp_of(gate_log_noise));
-  return gate_energy + 2.0f * log_sigmoid + log_of(up * up + exp_of(up_log_noise));
+  const Floats open = 1.0f + exp_of(select(gate < 0.0f, gate, -gate));
+  const Floats gate_square = gate * gate + gate_noise, up_square = up * up + up_noise;
+  Floats gate_exponent, up_exponent, exponent;
+  const Floats product = split(gate_square, &gate_exponent) * split(up_square, &up_exponent) / (open * open);
+  const Floats mantissa = split(product, &exponent);
+  exponent += gate_exponent + up_exponent;
+  const Floats value = log_mantissa(mantissa) + exponent * 0.693147180559945f + 2.0f * closed;
+  const Floats ended = select((gate_square == 0.0f) | (up_square == 0.0f), splat(-INFINITY), value);
+  return ended + ((gate_square - gate_square) + (up_square - up_square));  // NaN where a square is not finite
 }
 
 // `rows` <= kLanes rows times the code of one token, from column `first` on; the sum of row i is in lane i.
@@ -557,8 +564,8 @@ int64_t select_banks_of(const Decode& problem, int64_t begin, int64_t end, float
       }
       const Floats gate_offset = elements(problem.gate_offset, channel, rows);
       const Floats up_offset = elements(problem.up_offset, channel, rows);
-      const Floats gate_noise = elements(problem.gate_log_noise, channel, rows);
-      const Floats up_noise = elements(problem.up_log_noise, channel, rows);
+      const Floats gate_noise = exp_of(elements(problem.gate_log_noise, channel, rows));
+      const Floats up_noise = exp_of(elements(problem.up_log_noise, channel, rows));
       for (int64_t t = 0; t < tokens; ++t) {
         const float* code = code_lanes + t * 2 * padded;
         const Floats gate = dot_rows<W>(w, problem.expand.stride, rows, code, rank) + gate_offset;
@@ -989,40 +996,273 @@ void attend(const Attention& problem, int64_t begin, int64_t end, float* scratch
                                   : attend_of<BF16>(problem, begin, end, scratch);
 }
 
+// The midpoint of the smallest kept and the largest dropped logit; both must exist.
+INLINE float threshold_of(const float* z, int64_t size, const Kept& kept) {
+  Floats last = splat(INFINITY), next = splat(-INFINITY);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const Ints take = lanes_of(kept.words[i / 64] >> (i % 64));
+    const Floats values = load<Floats>(z + i);
+    last = select(take & (values < last), values, last);
+    next = select(~take & (values > next), values, next);
+  }
+  float smallest = INFINITY, largest = -INFINITY;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    smallest = last[lane] < smallest ? last[lane] : smallest;
+    largest = next[lane] > largest ? next[lane] : largest;
+  }
+  return (smallest + largest) / 2;
+}
+
+// A bank's logits, padded with -infinity to whole vectors in `padded` where they do not fill them.
+INLINE const float* whole_bank(const float* z, int64_t size, float* padded) {
+  if (size % kLanes == 0) return z;
+  memcpy(padded, z, size * sizeof(float));
+  for (int64_t i = size; i % kLanes != 0; ++i) padded[i] = -INFINITY;
+  return padded;
+}
+
 int64_t route(const float* logits, int64_t begin, int64_t end, int64_t bank_size, int64_t active, uint8_t* mask,
               float* threshold) {
   alignas(64) float padded[kMaxBank + kLanes];
   Kept kept;
   int64_t not_finite = 0;
   for (int64_t n = begin; n < end; ++n) {
-    const float* z = logits + n * bank_size;
-    if (bank_size % kLanes != 0) {
-      memcpy(padded, z, bank_size * sizeof(float));
-      for (int64_t i = bank_size; i % kLanes != 0; ++i) padded[i] = -INFINITY;
-      z = padded;
-    }
+    const float* z = whole_bank(logits + n * bank_size, bank_size, padded);
     const int64_t bad = select_bank(z, bank_size, active, &kept);
     not_finite += bad;
     if (bad != 0) continue;
     for (int64_t i = 0; i < bank_size; i += 64) {
       store_bytes(mask + n * bank_size + i, kept.words[i / 64], bank_size - i < 64 ? bank_size - i : 64);
     }
-    if (active == bank_size) continue;
-    Floats last = splat(INFINITY), next = splat(-INFINITY);
-    for (int64_t i = 0; i < bank_size; i += kLanes) {
-      const Ints take = lanes_of(kept.words[i / 64] >> (i % 64));
-      const Floats values = load<Floats>(z + i);
-      last = select(take & (values < last), values, last);
-      next = select(~take & (values > next), values, next);
-    }
-    float smallest = INFINITY, largest = -INFINITY;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      smallest = last[lane] < smallest ? last[lane] : smallest;
-      largest = next[lane] > largest ? next[lane] : largest;
-    }
-    threshold[n] = (smallest + largest) / 2;
+    if (active < bank_size) threshold[n] = threshold_of(z, bank_size, kept);
   }
   return not_finite;
+}
+
+INLINE Floats load_floats(const float* p, int count) {
+  if (count == kLanes) return load<Floats>(p);
+  float lanes[kLanes] = {};
+  memcpy(lanes, p, count * sizeof(float));
+  return load<Floats>(lanes);
+}
+
+INLINE void store_floats(float* p, Floats v, int count) {
+  if (count == kLanes) return store(p, v);
+  float lanes[kLanes];
+  store(lanes, v);
+  memcpy(p, lanes, count * sizeof(float));
+}
+
+// Rounded to the nearest bfloat16, ties to even.
+INLINE void store_halves(uint16_t* p, Floats v, int count) {
+  const Words words = (Words)v;
+  const Words nearest = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
+  const Ints is_nan = v != v;
+  const Halves halves = __builtin_convertvector((nearest & ~(Words)is_nan) | (0x7fc0 & (Words)is_nan), Halves);
+  memcpy(p, &halves, count * sizeof(uint16_t));
+}
+
+INLINE int lanes_left(int64_t i, int64_t size) { return (int)(size - i < kLanes ? size - i : kLanes); }
+
+void exponential(const float* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int lanes = lanes_left(i, count);
+    store_floats(out + i, exp_of(load_floats(x + i, lanes)), lanes);
+  }
+}
+
+void energy(const Energy& problem, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t row = t * problem.channels;
+    for (int64_t i = 0; i < problem.channels; i += kLanes) {
+      const int count = lanes_left(i, problem.channels);
+      const Floats gate = load_floats(problem.gate + row + i, count) + load<Floats>(problem.gate_offset + i);
+      const Floats up = load_floats(problem.up + row + i, count) + load<Floats>(problem.up_offset + i);
+      const Floats value =
+          expected_energy(gate, up, load<Floats>(problem.gate_noise + i), load<Floats>(problem.up_noise + i));
+      store_floats(problem.logits + row + i, value + load<Floats>(problem.bias + i), count);
+    }
+  }
+}
+
+// Gradients of one vector of channels for `n` tokens, added to the chunk's sums.
+template <int n, bool is_half>
+INLINE void energy_gradients(const Energy& problem, int64_t t, int64_t i, int count, float* sums) {
+  const Floats gate_offset = load<Floats>(problem.gate_offset + i), up_offset = load<Floats>(problem.up_offset + i);
+  const Floats gate_noise = load<Floats>(problem.gate_noise + i), up_noise = load<Floats>(problem.up_noise + i);
+  Floats total[kEnergySums];
+  for (int s = 0; s < kEnergySums; ++s) total[s] = load<Floats>(sums + s * problem.padded + i);
+  for (int k = 0; k < n; ++k) {
+    const int64_t at = (t + k) * problem.channels + i;
+    const Floats gate = load_floats(problem.gate + at, count) + gate_offset;
+    const Floats up = load_floats(problem.up + at, count) + up_offset;
+    const Floats dz = load_floats(problem.gradient + at, count);
+    const Floats per_gate = dz / (gate * gate + gate_noise), per_up = dz / (up * up + up_noise);
+    const Floats small = exp_of(select(gate < 0.0f, gate, -gate));
+    const Floats closed = select(gate < 0.0f, splat(1.0f), small) / (1.0f + small);  // sigmoid(-gate)
+    const Floats dgate = 2.0f * (per_gate * gate + closed * dz), dup = 2.0f * (per_up * up);
+    if constexpr (is_half) {
+      store_halves((uint16_t*)problem.gate_gradient + at, dgate, count);
+      store_halves((uint16_t*)problem.up_gradient + at, dup, count);
+    } else {
+      store_floats((float*)problem.gate_gradient + at, dgate, count);
+      store_floats((float*)problem.up_gradient + at, dup, count);
+    }
+    const Floats terms[kEnergySums] = {per_gate, per_up, dgate, dup, dz};
+    for (int s = 0; s < kEnergySums; ++s) total[s] += terms[s];
+  }
+  for (int s = 0; s < kEnergySums; ++s) store(sums + s * problem.padded + i, total[s]);
+}
+
+template <bool is_half>
+void energy_backward_of(const Energy& problem, int64_t begin, int64_t end) {
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    float* sums = problem.sums + chunk * kEnergySums * problem.padded;
+    memset(sums, 0, kEnergySums * problem.padded * sizeof(float));
+    const int64_t last = (chunk + 1) * kSumTokens < problem.tokens ? (chunk + 1) * kSumTokens : problem.tokens;
+    int64_t t = chunk * kSumTokens;
+    for (; t + 4 <= last; t += 4) {
+      for (int64_t i = 0; i < problem.channels; i += kLanes) {
+        energy_gradients<4, is_half>(problem, t, i, lanes_left(i, problem.channels), sums);
+      }
+    }
+    for (; t < last; ++t) {
+      for (int64_t i = 0; i < problem.channels; i += kLanes) {
+        energy_gradients<1, is_half>(problem, t, i, lanes_left(i, problem.channels), sums);
+      }
+    }
+  }
+}
+
+void energy_backward(const Energy& problem, int64_t begin, int64_t end) {
+  return problem.gradient_type == kFloat32 ? energy_backward_of<false>(problem, begin, end)
+                                           : energy_backward_of<true>(problem, begin, end);
+}
+
+void add_chunks(const Energy& problem, int64_t chunks, int64_t which, float* out) {
+  const float* sums = problem.sums + which * problem.padded;
+  const float* variance = which == 0 ? problem.gate_noise : which == 1 ? problem.up_noise : nullptr;
+  for (int64_t i = 0; i < problem.channels; i += kLanes) {
+    Floats total = {};
+    for (int64_t c = 0; c < chunks; ++c) total += load<Floats>(sums + c * kEnergySums * problem.padded + i);
+    if (variance != nullptr) total *= load<Floats>(variance + i);
+    store_floats(out + i, total, lanes_left(i, problem.channels));
+  }
+}
+
+typedef int16_t Shorts __attribute__((vector_size(kBytes / 2)));
+
+// to[i] = from[i] where bit i is set, else 0.
+template <class W>
+INLINE void keep_elements(const typename W::Element* from, typename W::Element* to, uint64_t bits, int count) {
+  if (count < kLanes) {
+    for (int i = 0; i < count; ++i) to[i] = (bits >> i) & 1 ? from[i] : typename W::Element{0};
+  } else if constexpr (W::kType == kFloat32) {
+    store(to, (Ints)load<Ints>(from) & lanes_of(bits));
+  } else {
+    store(to, load<Shorts>(from) & __builtin_convertvector(lanes_of(bits), Shorts));
+  }
+}
+
+INLINE Ints first_lanes(int count) {
+  Ints lanes;
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane < count ? -1 : 0;
+  return lanes;
+}
+
+// 1 / (tau * population standard deviation); deviations from the mean, so that nothing cancels.
+INLINE float scale_of(const float* z, int64_t size, float threshold, float tau) {
+  Floats total = {}, squares = {};
+  const Ints tail = first_lanes((int)(size % kLanes));
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) total += load<Floats>(z + i) - threshold;
+  if (i < size) total += select(tail, load<Floats>(z + i) - threshold, splat(0.0f));
+  const float mean = sum(total) / (float)size;
+  for (i = 0; i + kLanes <= size; i += kLanes) {
+    const Floats from_mean = load<Floats>(z + i) - threshold - mean;
+    squares += from_mean * from_mean;
+  }
+  if (i < size) {
+    const Floats from_mean = select(tail, load<Floats>(z + i) - threshold - mean, splat(0.0f));
+    squares += from_mean * from_mean;
+  }
+  const float variance = sum(squares) / (float)size;
+  return 1.0f / (tau * sqrtf(variance > 1e-12f ? variance : 1e-12f));
+}
+
+template <class W>
+INLINE int64_t unit_gate_rows(const UnitGate& problem, int64_t begin, int64_t end, int64_t size) {
+  using Element = typename W::Element;
+  alignas(64) float padded[kMaxBank + kLanes];
+  Kept kept;
+  int64_t not_finite = 0;
+  const int64_t bytes = (size + 7) / 8;
+  for (int64_t n = begin; n < end; ++n) {
+    const float* z = whole_bank(problem.logits + n * size, size, padded);
+    const int64_t bad = select_bank_of(z, size, problem.active, &kept);
+    not_finite += bad;
+    if (bad != 0) continue;
+    for (int64_t i = 0; i < bytes; ++i) problem.bits[n * bytes + i] = (uint8_t)(kept.words[i / 8] >> (i % 8 * 8));
+    problem.threshold[n] = threshold_of(z, size, kept);
+    problem.scale[n] = scale_of(z, size, problem.threshold[n], problem.tau);
+    const Element* h = (const Element*)problem.h + n * size;
+    Element* gated = (Element*)problem.gated + n * size;
+    for (int64_t i = 0; i < size; i += kLanes) {
+      keep_elements<W>(h + i, gated + i, kept.words[i / 64] >> (i % 64), lanes_left(i, size));
+    }
+  }
+  return not_finite;
+}
+
+template <class W>
+INLINE void unit_gate_backward_rows(const UnitGate& problem, int64_t begin, int64_t end, int64_t size) {
+  using Element = typename W::Element;
+  const int64_t bytes = (size + 7) / 8;
+  const Vector h{problem.h, problem.type}, dy{problem.dy, problem.type};
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t row = n * size;
+    if (problem.dh != nullptr) {
+      const Element* from = (const Element*)problem.dy + row;
+      Element* to = (Element*)problem.dh + row;
+      for (int64_t i = 0; i < size; i += kLanes) {
+        // Whole vectors begin on a byte or, where a vector has 4 lanes, in the middle of one.
+        uint64_t bits = problem.bits[n * bytes + i / 8] >> (i % 8);
+        if (i + 8 < size && kLanes > 8) bits |= (uint64_t)problem.bits[n * bytes + i / 8 + 1] << 8;
+        keep_elements<W>(from + i, to + i, bits, lanes_left(i, size));
+      }
+    }
+    if (problem.dz == nullptr) continue;
+    const float threshold = problem.threshold[n], scale = problem.scale[n];
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const int count = lanes_left(i, size);
+      const Floats from_cut = (load_floats(problem.logits + row + i, count) - threshold) * scale;
+      const Floats small = exp_of(select(from_cut < 0.0f, from_cut, -from_cut));
+      const Floats slope = small / ((1.0f + small) * (1.0f + small)) * (problem.alpha * scale);
+      store_floats(problem.dz + row + i, slope * (elements(h, row + i, count) * elements(dy, row + i, count)), count);
+    }
+  }
+}
+
+// A constant size lets the compiler keep the usual bank in registers.
+template <class W>
+int64_t unit_gate_of(const UnitGate& problem, int64_t begin, int64_t end) {
+  return problem.bank_size == 64 ? unit_gate_rows<W>(problem, begin, end, 64)
+                                 : unit_gate_rows<W>(problem, begin, end, problem.bank_size);
+}
+
+int64_t unit_gate(const UnitGate& problem, int64_t begin, int64_t end) {
+  return problem.type == kFloat32 ? unit_gate_of<F32>(problem, begin, end) : unit_gate_of<BF16>(problem, begin, end);
+}
+
+template <class W>
+void unit_gate_backward_of(const UnitGate& problem, int64_t begin, int64_t end) {
+  return problem.bank_size == 64 ? unit_gate_backward_rows<W>(problem, begin, end, 64)
+                                 : unit_gate_backward_rows<W>(problem, begin, end, problem.bank_size);
+}
+
+void unit_gate_backward(const UnitGate& problem, int64_t begin, int64_t end) {
+  return problem.type == kFloat32 ? unit_gate_backward_of<F32>(problem, begin, end)
+                                  : unit_gate_backward_of<BF16>(problem, begin, end);
 }
 
 uint32_t stream(const void* data, int64_t bytes) {
@@ -1043,8 +1283,23 @@ uint32_t stream(const void* data, int64_t bytes) {
 #define NAME(x) NAME_(x)
 
 const Kernels* CONCAT(kernels_, BANKWISE_ISA)() {
-  static constexpr Kernels table = {NAME(BANKWISE_ISA), load_input, linear, select_banks, gather,
-                                    finish,             rms_norm,   rotate, attend,       route,  stream};
+  static constexpr Kernels table = {NAME(BANKWISE_ISA),
+                                    load_input,
+                                    linear,
+                                    select_banks,
+                                    gather,
+                                    finish,
+                                    rms_norm,
+                                    rotate,
+                                    attend,
+                                    route,
+                                    exponential,
+                                    energy,
+                                    energy_backward,
+                                    add_chunks,
+                                    unit_gate,
+                                    unit_gate_backward,
+                                    stream};
   return &table;
 }
 

@@ -88,6 +88,45 @@ struct Attention {
   void* output = nullptr;  // [H, head]
 };
 
+// Routing logits of the product form from the rebuilt gate and up projections [T, F], and the gradients of all inputs.
+// The vectors have `padded` = F rounded up to whole lines elements.
+struct Energy {
+  int64_t tokens = 0, channels = 0, padded = 0;
+  const float *gate = nullptr, *up = nullptr;                      // [T, F], without their offsets
+  const float *gate_offset = nullptr, *up_offset = nullptr;
+  const float *gate_noise = nullptr, *up_noise = nullptr;          // variances
+  const float* bias = nullptr;
+  float* logits = nullptr;                                         // [T, F]
+  // Backward.
+  const float* gradient = nullptr;                                 // of the logits, [T, F]
+  Type gradient_type = kFloat32;
+  void *gate_gradient = nullptr, *up_gradient = nullptr;           // [T, F] of gradient_type
+  float* sums = nullptr;                                           // [chunks, kEnergySums, padded]
+};
+
+// Sums over tokens of the gradients of gate_log_noise and up_log_noise (both per unit of variance), gate_offset,
+// up_offset and bias.
+inline constexpr int kEnergySums = 5;
+// Tokens are added up in chunks of this many, and the chunks in order: the result is that of any number of threads.
+inline constexpr int64_t kSumTokens = 128;
+
+// The gate `ste_unit` for rows of one bank of one token each.
+struct UnitGate {
+  Type type = kFloat32;  // of h, gated, dy and dh
+  int64_t bank_size = 0, active = 0;
+  float alpha = 1.0f, tau = 1.0f;
+  const void* h = nullptr;          // [rows, B]
+  const float* logits = nullptr;    // [rows, B]
+  void* gated = nullptr;            // [rows, B]
+  uint8_t* bits = nullptr;          // [rows, ceil(B / 8)], channel i of the bank in bit i % 8 of byte i / 8
+  float* threshold = nullptr;       // [rows]
+  float* scale = nullptr;           // [rows], 1 / (tau * standard deviation of the bank's logits)
+  // Backward; a gradient that is not wanted is null.
+  const void* dy = nullptr;
+  void* dh = nullptr;
+  float* dz = nullptr;
+};
+
 struct Kernels {
   const char* name;
   // Fills `lanes` from x [T, columns] (row-major, float32 or bfloat16) in the lane order of `weights`.
@@ -111,6 +150,17 @@ struct Kernels {
   // Mask of banks begin..end of float32 logits, and the midpoint of the K-th and (K+1)-th largest of each.
   int64_t (*route)(const float* logits, int64_t begin, int64_t end, int64_t bank_size, int64_t active, uint8_t* mask,
                    float* threshold);
+  // out = e^x.
+  void (*exponential)(const float* x, int64_t count, float* out);
+  // Logits of tokens begin..end.
+  void (*energy)(const Energy& problem, int64_t begin, int64_t end);
+  // Gradients and sums of chunks begin..end.
+  void (*energy_backward)(const Energy& problem, int64_t begin, int64_t end);
+  // out [padded] = the sums of number `which` over all chunks.
+  void (*add_chunks)(const Energy& problem, int64_t chunks, int64_t which, float* out);
+  // Rows begin..end; the forward returns the number of logits that are not finite.
+  int64_t (*unit_gate)(const UnitGate& problem, int64_t begin, int64_t end);
+  void (*unit_gate_backward)(const UnitGate& problem, int64_t begin, int64_t end);
   // A plain read of `bytes` bytes (a multiple of 256), for the streaming rate.
   uint32_t (*stream)(const void* data, int64_t bytes);
 };

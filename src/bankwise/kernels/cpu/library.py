@@ -1,7 +1,7 @@
 """The compiled operators as Python sees them: loaded once, traceable by `torch.compile`.
 
-Shapes: T leading dimensions (at most 8 tokens), D hidden, F channels, N banks, R predictor rank, O output columns,
-        P a row of D padded to whole 64-byte lines.
+Shapes: T leading dimensions (at most 8 tokens in the operators of inference), D hidden, F channels, N banks,
+        R predictor rank, O output columns, P a row of D padded to whole 64-byte lines.
 """
 
 import os
@@ -32,6 +32,10 @@ def load() -> None:
     torch.library.register_fake("bankwise::attention_output")(_fake_attention_output)
     torch.library.register_fake("bankwise::linear")(_fake_linear)
     torch.library.register_fake("bankwise::route")(_fake_route)
+    torch.library.register_fake("bankwise::energy_logits")(_fake_energy_logits)
+    torch.library.register_fake("bankwise::energy_logits_backward")(_fake_energy_logits_backward)
+    torch.library.register_fake("bankwise::unit_gate_cpu")(_fake_unit_gate)
+    torch.library.register_fake("bankwise::unit_gate_cpu_backward")(_fake_unit_gate_backward)
     if wanted := os.environ.get("BANKWISE_ISA"):
         choose_isa(wanted)
 
@@ -105,3 +109,35 @@ def _fake_route(logits: Tensor, bank_size: int, active: int) -> tuple[Tensor, Te
     banks = logits.shape[-1] // bank_size
     threshold_shape = (*logits.shape[:-1], banks, int(active < bank_size))
     return torch.empty_like(logits, dtype=torch.bool), logits.new_empty(threshold_shape)
+
+
+def _fake_energy_logits(gate: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(gate)
+
+
+def _fake_energy_logits_backward(
+    gradient: Tensor, gate: Tensor, up: Tensor, gate_offset: Tensor, up_offset: Tensor, gate_log_noise: Tensor,
+    up_log_noise: Tensor, rounded: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dtype = torch.bfloat16 if rounded else torch.float32
+    return (
+        torch.empty_like(gate, dtype=dtype),
+        torch.empty_like(up, dtype=dtype),
+        *(torch.empty_like(gate_offset) for _ in range(5)),
+    )
+
+
+def _fake_unit_gate(h: Tensor, logits: Tensor, bank_size: int, active: int, tau: float) -> tuple[Tensor, ...]:
+    rows = h.numel() // bank_size
+    bits = h.new_empty((rows, (bank_size + 7) // 8), dtype=torch.uint8)
+    return torch.empty_like(h), bits, logits.new_empty(rows), logits.new_empty(rows)
+
+
+def _fake_unit_gate_backward(
+    dy: Tensor, h: Tensor, logits: Tensor, bits: Tensor, threshold: Tensor, scale: Tensor, bank_size: int,
+    alpha: float, with_dh: bool, with_dz: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return (
+        torch.empty_like(h) if with_dh else h.new_empty(0),
+        torch.empty_like(logits) if with_dz else logits.new_empty(0),
+    )

@@ -487,6 +487,167 @@ std::tuple<Tensor, Tensor> route(Tensor logits, int64_t bank_size, int64_t activ
   return {mask, threshold};
 }
 
+// A contiguous float32 tensor's data.
+const float* floats(const Tensor& tensor, int64_t count, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == count, name,
+                  " must be contiguous float32 of ", count, " elements");
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+// The vectors of the product form in whole lines; the noises as variances.
+class EnergyVectors {
+ public:
+  EnergyVectors(const Kernels& isa, Energy* problem, const Tensor& gate, const Tensor& gate_offset,
+                const Tensor& up_offset, const Tensor& gate_log_noise, const Tensor& up_log_noise,
+                const std::optional<Tensor>& bias) {
+    STD_TORCH_CHECK(gate.dim() == 2, "gate and up must be [T, F]");
+    problem->tokens = gate.size(0);
+    problem->channels = gate.size(1);
+    problem->padded = (problem->channels + 63) / 64 * 64;
+    values_.assign(5 * problem->padded, 0.0f);
+    problem->gate_offset = copy(*problem, gate_offset, "gate_offset");
+    problem->up_offset = copy(*problem, up_offset, "up_offset");
+    float* gate_noise = copy(*problem, gate_log_noise, "gate_log_noise");
+    float* up_noise = copy(*problem, up_log_noise, "up_log_noise");
+    isa.exponential(gate_noise, problem->padded, gate_noise);
+    isa.exponential(up_noise, problem->padded, up_noise);
+    problem->gate_noise = gate_noise;
+    problem->up_noise = up_noise;
+    if (bias.has_value()) problem->bias = copy(*problem, *bias, "bias");
+  }
+
+ private:
+  float* copy(const Energy& problem, const Tensor& vector, const char* name) {
+    const float* from = floats(vector, problem.channels, name);
+    float* to = values_.data() + problem.padded * taken_++;
+    std::copy(from, from + problem.channels, to);
+    return to;
+  }
+
+  std::vector<float> values_;
+  int64_t taken_ = 0;
+};
+
+Tensor energy_logits(Tensor gate, Tensor up, Tensor gate_offset, Tensor up_offset, Tensor gate_log_noise,
+                     Tensor up_log_noise, Tensor bias) {
+  const Kernels& isa = kernels();
+  Energy problem;
+  const EnergyVectors vectors(isa, &problem, gate, gate_offset, up_offset, gate_log_noise, up_log_noise, bias);
+  const int64_t count = problem.tokens * problem.channels;
+  problem.gate = floats(gate, count, "gate");
+  problem.up = floats(up, count, "up");
+  Tensor logits = new_like(gate, {problem.tokens, problem.channels}, ScalarType::Float);
+  problem.logits = static_cast<float*>(logits.mutable_data_ptr());
+  const int64_t parts = threads_for(4 * count, problem.tokens);
+  parallel(parts, [&](int64_t part) {
+    isa.energy(problem, problem.tokens * part / parts, problem.tokens * (part + 1) / parts);
+  });
+  return logits;
+}
+
+// Gradients of gate and up [T, F] (float32 or rounded to bfloat16), gate_offset, up_offset, gate_log_noise, up_log_noise and bias [F].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> energy_logits_backward(
+    Tensor gradient, Tensor gate, Tensor up, Tensor gate_offset, Tensor up_offset, Tensor gate_log_noise,
+    Tensor up_log_noise, bool rounded) {
+  const Kernels& isa = kernels();
+  Energy problem;
+  const EnergyVectors vectors(isa, &problem, gate, gate_offset, up_offset, gate_log_noise, up_log_noise, std::nullopt);
+  const int64_t count = problem.tokens * problem.channels;
+  problem.gate = floats(gate, count, "gate");
+  problem.up = floats(up, count, "up");
+  problem.gradient = floats(gradient, count, "the gradient of the logits");
+  const ScalarType type = rounded ? ScalarType::BFloat16 : ScalarType::Float;
+  Tensor gate_gradient = new_like(gate, {problem.tokens, problem.channels}, type);
+  Tensor up_gradient = new_like(gate, {problem.tokens, problem.channels}, type);
+  problem.gradient_type = rounded ? kBFloat16 : kFloat32;
+  problem.gate_gradient = gate_gradient.mutable_data_ptr();
+  problem.up_gradient = up_gradient.mutable_data_ptr();
+  const int64_t chunks = (problem.tokens + kSumTokens - 1) / kSumTokens;
+  const int64_t num_sums = std::max<int64_t>(chunks, 1) * kEnergySums * problem.padded;
+  Scratch scratch(Scratch::size_of<float>(num_sums));
+  problem.sums = scratch.take<float>(num_sums);
+  const int64_t parts = threads_for(4 * count, chunks);
+  parallel(parts, [&](int64_t part) {
+    isa.energy_backward(problem, chunks * part / parts, chunks * (part + 1) / parts);
+  });
+  std::vector<Tensor> sums;
+  for (int64_t which = 0; which < kEnergySums; ++which) {
+    sums.push_back(new_like(gate, {problem.channels}, ScalarType::Float));
+    isa.add_chunks(problem, chunks, which, static_cast<float*>(sums.back().mutable_data_ptr()));
+  }
+  return {gate_gradient, up_gradient, sums[2], sums[3], sums[0], sums[1], sums[4]};
+}
+
+// The parts of a gate problem that both directions share; returns the number of rows (banks of tokens).
+int64_t gate_rows(UnitGate* problem, const Tensor& h, const Tensor& logits, int64_t bank_size) {
+  const int64_t channels = h.dim() == 0 ? 0 : h.size(h.dim() - 1);
+  STD_TORCH_CHECK(bank_size >= 1 && bank_size <= kMaxBank && channels % bank_size == 0, "cannot cut ", channels,
+                  " channels into banks of ", bank_size);
+  problem->type = type_of(h, "h");
+  STD_TORCH_CHECK(problem->type != kInt8 && h.is_contiguous(), "h must be contiguous float32 or bfloat16");
+  problem->bank_size = bank_size;
+  problem->h = h.const_data_ptr();
+  problem->logits = floats(logits, h.numel(), "the logits");
+  return h.numel() / bank_size;
+}
+
+std::vector<int64_t> shape_of(const Tensor& x) { return shape_with(x, x.size(x.dim() - 1)); }
+
+// gated = h * mask; the mask in bits, the threshold and 1 / width of every bank.
+std::tuple<Tensor, Tensor, Tensor, Tensor> unit_gate_cpu(Tensor h, Tensor logits, int64_t bank_size, int64_t active,
+                                                         double tau) {
+  const Kernels& isa = kernels();
+  UnitGate problem;
+  const int64_t rows = gate_rows(&problem, h, logits, bank_size);
+  STD_TORCH_CHECK(active >= 1 && active < bank_size, "cannot cut ", active, " of every ", bank_size);
+  problem.active = active;
+  problem.tau = static_cast<float>(tau);
+  Tensor gated = new_like(h, shape_of(h), h.scalar_type());
+  Tensor bits = new_like(h, {rows, (bank_size + 7) / 8}, ScalarType::Byte);
+  Tensor threshold = new_like(h, {rows}, ScalarType::Float);
+  Tensor scale = new_like(h, {rows}, ScalarType::Float);
+  problem.gated = gated.mutable_data_ptr();
+  problem.bits = static_cast<uint8_t*>(bits.mutable_data_ptr());
+  problem.threshold = static_cast<float*>(threshold.mutable_data_ptr());
+  problem.scale = static_cast<float*>(scale.mutable_data_ptr());
+  const int64_t parts = threads_for(4 * h.numel(), rows);
+  std::atomic<int64_t> not_finite{0};
+  parallel(parts, [&](int64_t part) {
+    not_finite += isa.unit_gate(problem, rows * part / parts, rows * (part + 1) / parts);
+  });
+  STD_TORCH_CHECK(not_finite == 0, "bankwise: ", not_finite.load(), " of ", h.numel(),
+                  " router logits are not finite");
+  return {gated, bits, threshold, scale};
+}
+
+// Gradients of h and of the logits; one that is not wanted is empty.
+std::tuple<Tensor, Tensor> unit_gate_cpu_backward(Tensor dy, Tensor h, Tensor logits, Tensor bits, Tensor threshold,
+                                                  Tensor scale, int64_t bank_size, double alpha, bool with_dh,
+                                                  bool with_dz) {
+  const Kernels& isa = kernels();
+  UnitGate problem;
+  const int64_t rows = gate_rows(&problem, h, logits, bank_size);
+  STD_TORCH_CHECK(dy.is_contiguous() && dy.numel() == h.numel() && dy.scalar_type() == h.scalar_type(),
+                  "dy must be contiguous and of the shape and type of h");
+  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.is_contiguous() &&
+                      bits.numel() == rows * ((bank_size + 7) / 8),
+                  "bits must be those of the forward");
+  problem.alpha = static_cast<float>(alpha);
+  problem.dy = dy.const_data_ptr();
+  problem.bits = static_cast<uint8_t*>(const_cast<void*>(bits.const_data_ptr()));
+  problem.threshold = const_cast<float*>(floats(threshold, rows, "threshold"));
+  problem.scale = const_cast<float*>(floats(scale, rows, "scale"));
+  Tensor dh = new_like(h, with_dh ? shape_of(h) : std::vector<int64_t>{0}, h.scalar_type());
+  Tensor dz = new_like(h, with_dz ? shape_of(h) : std::vector<int64_t>{0}, ScalarType::Float);
+  if (with_dh) problem.dh = dh.mutable_data_ptr();
+  if (with_dz) problem.dz = static_cast<float*>(dz.mutable_data_ptr());
+  const int64_t parts = threads_for(4 * h.numel(), rows);
+  parallel(parts, [&](int64_t part) {
+    isa.unit_gate_backward(problem, rows * part / parts, rows * (part + 1) / parts);
+  });
+  return {dh, dz};
+}
+
 int64_t stream_read(Tensor data) {
   const Kernels& isa = kernels();
   STD_TORCH_CHECK(data.is_contiguous(), "the data to read must be contiguous");
@@ -532,6 +693,19 @@ STABLE_TORCH_LIBRARY(bankwise, m) {
       "Tensor residual) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? scales, Tensor? bias) -> Tensor");
   m.def("route(Tensor logits, int bank_size, int active) -> (Tensor, Tensor)");
+  m.def(
+      "energy_logits(Tensor gate, Tensor up, Tensor gate_offset, Tensor up_offset, Tensor gate_log_noise, "
+      "Tensor up_log_noise, Tensor bias) -> Tensor");
+  m.def(
+      "energy_logits_backward(Tensor gradient, Tensor gate, Tensor up, Tensor gate_offset, Tensor up_offset, "
+      "Tensor gate_log_noise, Tensor up_log_noise, bool rounded) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "unit_gate_cpu(Tensor h, Tensor logits, int bank_size, int active, float tau) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "unit_gate_cpu_backward(Tensor dy, Tensor h, Tensor logits, Tensor bits, Tensor threshold, Tensor scale, "
+      "int bank_size, float alpha, bool with_dh, bool with_dz) -> (Tensor, Tensor)");
   m.def("stream_read(Tensor data) -> int");
   m.def("advise_huge_pages(Tensor(a!) data) -> ()");
   m.def("choose_isa(str wanted) -> str");
@@ -544,6 +718,10 @@ STABLE_TORCH_LIBRARY_IMPL(bankwise, CPU, m) {
   m.impl("attention_output", TORCH_BOX(&bankwise::attention_output));
   m.impl("linear", TORCH_BOX(&bankwise::linear));
   m.impl("route", TORCH_BOX(&bankwise::route));
+  m.impl("energy_logits", TORCH_BOX(&bankwise::energy_logits));
+  m.impl("energy_logits_backward", TORCH_BOX(&bankwise::energy_logits_backward));
+  m.impl("unit_gate_cpu", TORCH_BOX(&bankwise::unit_gate_cpu));
+  m.impl("unit_gate_cpu_backward", TORCH_BOX(&bankwise::unit_gate_cpu_backward));
   m.impl("stream_read", TORCH_BOX(&bankwise::stream_read));
   m.impl("advise_huge_pages", TORCH_BOX(&bankwise::advise_huge_pages));
 }
