@@ -239,9 +239,12 @@ def _run(options: argparse.Namespace) -> int:
         return _dry_run(options, recipe)
     _check_dry_run(options)
     from bankwise.pipeline import run
+    from bankwise.processes import is_main
     from bankwise.report import summary_table
 
     result = run(recipe, resume=options.resume, overwrite=options.overwrite, quiet=options.quiet)
+    if not is_main():
+        return 0
     print("\n" + summary_table(result.summary))
     if texts := result.summary.get("continuations"):
         for name in ("dense", "sparse"):
@@ -289,9 +292,11 @@ def _train(options: argparse.Namespace) -> int:
         return _dry_run(options, recipe, options.checkpoint)
     _check_dry_run(options)
     from bankwise.pipeline import train
+    from bankwise.processes import is_main
 
     folder = train(recipe, options.checkpoint, resume=options.resume, overwrite=options.overwrite, quiet=options.quiet)
-    print(f"checkpoint  {folder / 'checkpoint'}")
+    if is_main():
+        print(f"checkpoint  {folder / 'checkpoint'}")
     return 0
 
 

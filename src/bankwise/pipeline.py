@@ -2,6 +2,9 @@
 
 Everything that a step hands to the next one is a file in the run's folder, so an interrupted run resumes at the step
 where it stopped.
+
+Under a launch of several processes (`bankwise.processes`) every function here is called by all of them: the main one
+converts, measures and writes, all train.
 """
 
 import functools
@@ -31,10 +34,12 @@ from bankwise.inference import generate_text
 from bankwise.models.checkpoint import load_checkpoint, save_checkpoint
 from bankwise.models.cost import token_cost
 from bankwise.models.modeling import use_chunked_loss
+from bankwise.processes import from_main, is_main, join_processes, main_first, wait_for_all
 from bankwise.provenance import environment
 from bankwise.report import write_report
 from bankwise.training import COMPANION, train_stages, trained_tokens
 from bankwise.training.controls import DENSE_NARROW, check_controls, control_model, control_stages
+from bankwise.training.sharding import check_launch
 from bankwise.training.stages import remove_empty
 from bankwise.training.telemetry import TelemetryPlan, probe_size
 from bankwise.training.trackers import check_trackers
@@ -88,21 +93,25 @@ def run(
     else:
         recipe = load_recipe(recipe, overrides)
     check_run(recipe)
+    check_processes(recipe)
     folder = Path(recipe.output)
     plan = load_plan(recipe.eval.preset, plan_values(recipe)) if recipe.eval.preset else None
     if plan is not None:
         check_models({"dense": recipe.model}, plan)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    wait_for_all()  # before the main process writes to the folder that the others look at
     keep_freed_memory()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    quiet = quiet or not is_main()
     say = _Speaker(quiet)
     summary = _upcycle_and_train(recipe, folder, say, resume=resume, overwrite=overwrite, quiet=quiet)
-    write_json(folder / "summary.json", summary)
-    if plan is None:
-        write_report(folder)
-    else:
-        report_models(run_models(folder), plan, folder, say=say)
+    if is_main():
+        write_json(folder / "summary.json", summary)
+        if plan is None:
+            write_report(folder)
+        else:
+            report_models(run_models(folder), plan, folder, say=say)
     return RunResult(folder, summary)
 
 
@@ -112,7 +121,8 @@ def _upcycle_and_train(
     """Convert, train and measure. Every model goes to disk; beside the dense one and the teacher, memory holds one."""
     started = time.time()
     say(f"loading {recipe.model}")
-    dense = load_dense(recipe.model)
+    with main_first():
+        dense = load_dense(recipe.model)
     assert dense.tokenizer is not None
     check_model(recipe, dense.model.config)
     job = _Job(
@@ -130,7 +140,8 @@ def _upcycle_and_train(
     continuations = {"prompt": recipe.eval.prompt, "dense": job.continuation(dense.model)}
     fraction = summary["untrained"]["active_fraction"]
     if not recipe.stages:
-        save_checkpoint(conversion, dense.tokenizer, folder / "checkpoint")
+        if is_main():
+            save_checkpoint(conversion, dense.tokenizer, folder / "checkpoint")
         summary["sparse"] = summary["untrained"]
         continuations["sparse"] = job.continuation(conversion)
     del conversion
@@ -179,14 +190,18 @@ def train(
     The recipe's model is loaded only as a teacher (`kd_weight` > 0 and `teacher: dense`).
     """
     check_train(recipe)
+    check_processes(recipe)
     folder = Path(recipe.output)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite, inputs=[checkpoint])
+    wait_for_all()
+    quiet = quiet or not is_main()
     keep_freed_memory()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)
     has_teacher = any(stage.kd_weight for stage in recipe.stages)
-    teacher = load_dense(recipe.model, tokenizer=False).model if has_teacher else None
+    with main_first():
+        teacher = load_dense(recipe.model, tokenizer=False).model if has_teacher else None
     data = load_data(recipe, tokenizer, progress=not quiet)
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     train_model(recipe, model, data, folder, "sparse", tokenizer, teacher=teacher, resume=resume, quiet=quiet)
@@ -206,6 +221,14 @@ def check_train(recipe: Recipe) -> None:
     if any(stage.kd_weight and stage.teacher == "companion" for stage in recipe.stages):
         raise ConfigError("teacher='companion' needs a companion: use `bankwise run`, or teacher='dense'")
     check_trackers(recipe.trainer.get("report_to", recipe.report_to))
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Join the processes of this launch; refuse a launch, or a stage for it, that would not do what the recipe says."""
+    check_launch()
+    processes = join_processes()
+    for stage in recipe.stages:
+        stage.accumulation(processes)
 
 
 def check_folder(
@@ -261,6 +284,12 @@ def check_model(recipe: Recipe, config: Any) -> None:
 
 def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     """Create the run's folder with its resolved recipe, or keep the one that is continued."""
+    if is_main():
+        _write_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    wait_for_all()
+
+
+def _write_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     if overwrite and folder.exists() and not resume:
         shutil.rmtree(folder)
     try:
@@ -274,28 +303,30 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: bool = False) -> RunData:
     """Calibration windows and training rows, both from the training split, and held-out windows."""
-    held_out = held_out_windows(
-        recipe.data,
-        tokenizer,
-        seq_len=recipe.eval.seq_len,
-        num_windows=recipe.eval.windows,
-        held_out_fraction=recipe.held_out_fraction,
-        seed=recipe.seed,
-    )
+    with main_first():
+        held_out = held_out_windows(
+            recipe.data,
+            tokenizer,
+            seq_len=recipe.eval.seq_len,
+            num_windows=recipe.eval.windows,
+            held_out_fraction=recipe.held_out_fraction,
+            seed=recipe.seed,
+        )
 
     @functools.cache  # every model of the run trains on the same rows
     def rows(number: int) -> TrainingRows:
         stage = recipe.stages[number]
-        return training_rows(
-            stage.data or recipe.data,
-            tokenizer,
-            seq_len=stage.seq_len,
-            num_rows=stage.rows,
-            packing=stage.packing,
-            held_out_fraction=recipe.held_out_fraction,
-            seed=recipe.seed + number,
-            progress=progress,
-        )
+        with main_first():
+            return training_rows(
+                stage.data or recipe.data,
+                tokenizer,
+                seq_len=stage.seq_len,
+                num_rows=stage.rows,
+                packing=stage.packing,
+                held_out_fraction=recipe.held_out_fraction,
+                seed=recipe.seed + number,
+                progress=progress,
+            )
 
     settings = recipe.calibration
     calibration = None
@@ -314,17 +345,21 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: b
 
 def measure(recipe: Recipe, model: PreTrainedModel, data: RunData, *, tokens: int) -> dict[str, Any]:
     """One row of the final table."""
-    result, recall = perplexity_and_recall(
-        model, data.held_out, batch_size=recipe.eval.batch_size, bf16=recipe.eval.bf16
-    )
-    active = active_fraction(model, next(iter(data.held_out.values()))[:1])
-    cost = token_cost(model.config, dtype_bytes=model.dtype.itemsize, active_fraction=active)
-    return result.to_dict() | {
-        "tokens": tokens,
-        "active_fraction": active,
-        "ffn_bytes_fraction": cost.ffn_bytes_fraction,
-        "recall": recall,
-    }
+
+    def measured() -> dict[str, Any]:
+        result, recall = perplexity_and_recall(
+            model, data.held_out, batch_size=recipe.eval.batch_size, bf16=recipe.eval.bf16
+        )
+        active = active_fraction(model, next(iter(data.held_out.values()))[:1])
+        cost = token_cost(model.config, dtype_bytes=model.dtype.itemsize, active_fraction=active)
+        return result.to_dict() | {
+            "tokens": tokens,
+            "active_fraction": active,
+            "ffn_bytes_fraction": cost.ffn_bytes_fraction,
+            "recall": recall,
+        }
+
+    return from_main(measured)
 
 
 def train_model(
@@ -368,8 +403,10 @@ def train_model(
         arguments={"report_to": recipe.report_to} | recipe.trainer,
         quiet=quiet,
     )
-    save_checkpoint(model, tokenizer, target)
-    remove_empty(work.parent)
+    if is_main():
+        save_checkpoint(model, tokenizer, target)
+        remove_empty(work.parent)
+    wait_for_all()
     return tokens
 
 
@@ -404,14 +441,18 @@ def _converted(
     recipe: Recipe, dense: LoadedDense, data: RunData, folder: Path, say: "_Speaker", quiet: bool
 ) -> PreTrainedModel:
     target = folder / "untrained"
-    if (target / "config.json").is_file() and (folder / "upcycle.json").is_file():
+    if from_main(lambda: (target / "config.json").is_file() and (folder / "upcycle.json").is_file()):
         say(f"conversion found in {target}")
+        return load_checkpoint(target, dtype=torch.float32)[0]
+    if not is_main():
+        wait_for_all()
         return load_checkpoint(target, dtype=torch.float32)[0]
     say(f"upcycling {dense.name} ({recipe.calibration.tokens} calibration tokens)")
     conversion = convert(dense.model, recipe.sparsity, data.calibration, recipe.calibration, progress=not quiet)
     say(conversion_line(conversion.report))
     save_checkpoint(conversion.model, dense.tokenizer, target)
     write_json(folder / "upcycle.json", conversion.report)
+    wait_for_all()
     return conversion.model
 
 
@@ -457,9 +498,8 @@ class _Job:
         """Of the recipe's prompt, greedy; empty where it has none."""
         if not self.recipe.eval.prompt:
             return ""
-        return generate_text(
-            model.eval(), self.tokenizer, self.recipe.eval.prompt, max_new_tokens=self.recipe.eval.new_tokens
-        )
+        prompt, new_tokens = self.recipe.eval.prompt, self.recipe.eval.new_tokens
+        return from_main(lambda: generate_text(model.eval(), self.tokenizer, prompt, max_new_tokens=new_tokens))
 
 
 class _Speaker:

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from bankwise.models.cost import token_cost
 from torch.utils.checkpoint import checkpoint
 
 from bankwise.config import SparsityConfig
 from bankwise.ffn import SparseSwiGLU, bank_topk_mask_reference, record_routing
 from bankwise.kernels import dispatch
 from bankwise.models import BankwiseLlamaConfig
+from bankwise.models.cost import token_cost
 
 D, F, B, K = 24, 64, 16, 4
 CONTROLS = ["oracle_bank", "oracle_global", "random_fixed", "random_per_token"]

@@ -7,7 +7,7 @@ so a dense checkpoint loads with only predictor keys missing. `bankwise.kernels`
 Shapes: T leading dimensions (tokens), D hidden, F channels, N banks, K active per bank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -315,6 +315,13 @@ def _is_recomputing() -> bool:
 def sparse_layers(model: nn.Module) -> list[SparseSwiGLU]:
     """The sparse layers of a model, in order."""
     return [module for module in model.modules() if isinstance(module, SparseSwiGLU)]
+
+
+def recorded_loss(layers: Iterable[nn.Module]) -> Tensor | None:
+    """Mean over layers of the auxiliary losses recorded so far; None where none is."""
+    records = (layer.routing_record for layer in layers if isinstance(layer, SparseSwiGLU))
+    record = next(records, None)
+    return torch.stack(record.losses).mean() if record is not None and record.losses else None
 
 
 class record_routing:

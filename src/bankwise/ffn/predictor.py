@@ -22,12 +22,6 @@ from torch import Tensor, nn
 from bankwise.ffn.bank import to_routing_dtype, token_chunks
 
 
-def linear_logits(x_TD: Tensor, reduce_RD: Tensor, expand_FR: Tensor, bias_F: Tensor) -> Tensor:
-    """z_TF = x U^T V^T + b."""
-    code_TR = functional.linear(to_routing_dtype(x_TD), to_routing_dtype(reduce_RD))
-    return functional.linear(code_TR, to_routing_dtype(expand_FR), to_routing_dtype(bias_F))
-
-
 def expected_energy_reference(
     gate_TF: Tensor, up_TF: Tensor, gate_log_noise_F: Tensor, up_log_noise_F: Tensor
 ) -> Tensor:
@@ -100,25 +94,28 @@ class Predictor(nn.Module):
             return {}
         return {"gate_offset": 0.0, "up_offset": 0.0, "gate_log_noise": 0.0, "up_log_noise": 0.0}
 
+    def code(self, x_TD: Tensor) -> Tensor:
+        """x U^T [T, R], float32: all that a channel's logit knows of the token."""
+        return functional.linear(to_routing_dtype(x_TD), to_routing_dtype(self.reduce.weight))
+
     def forward(self, x_TD: Tensor) -> Tensor:
         # Autocast would round the logits to bfloat16, where 3.6 % of banks tie at the cut (method.md section 2.3).
         with torch.autocast(x_TD.device.type, enabled=False):
-            reduce_RD, expand_FR, bias_F = self.reduce.weight, self.expand.weight, self.expand.bias
+            expand_FR, bias_F = to_routing_dtype(self.expand.weight), to_routing_dtype(self.expand.bias)
             if self.form == "linear":
-                return linear_logits(x_TD, reduce_RD, expand_FR, bias_F)
-            half = reduce_RD.shape[0] // 2
-            code_TR = functional.linear(to_routing_dtype(x_TD.flatten(0, -2)), to_routing_dtype(reduce_RD))
-            expand_FR = to_routing_dtype(expand_FR)
+                return functional.linear(self.code(x_TD), expand_FR, bias_F)
+            code_TR = self.code(x_TD.flatten(0, -2))
+            half = code_TR.shape[-1] // 2
             names = ("gate_offset", "up_offset", "gate_log_noise", "up_log_noise")
             vectors = [to_routing_dtype(getattr(self, name)) for name in names]
             logits_TF = None
             if Predictor.product_logits is not None:
-                logits_TF = Predictor.product_logits(code_TR, expand_FR, *vectors, to_routing_dtype(bias_F))
+                logits_TF = Predictor.product_logits(code_TR, expand_FR, *vectors, bias_F)
             if logits_TF is None:
                 energy_TF = ExpectedEnergy.apply(
                     functional.linear(code_TR[:, :half], expand_FR[:, :half], vectors[0]),
                     functional.linear(code_TR[:, half:], expand_FR[:, half:], vectors[1]),
                     *vectors[2:],
                 )
-                logits_TF = energy_TF.add_(to_routing_dtype(bias_F))
+                logits_TF = energy_TF.add_(bias_F)
             return logits_TF.view(*x_TD.shape[:-1], bias_F.shape[0])

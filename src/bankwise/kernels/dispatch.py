@@ -261,6 +261,8 @@ def _unsupported(layer: SparseSwiGLU, x_TD: Tensor, limits: support.Limits) -> s
         return f"{_tokens(x_TD)} tokens at once; the masked dense path is faster above {limits.max_tokens}"
     if layer.routing_record is not None:
         return "routing statistics are being recorded"
+    if getattr(layer, "_is_fsdp_managed_module", False):
+        return "FSDP shards its weights"
     if not _has_own_predictor(layer):
         return f"its predictor is replaced by {type(layer.predictor).__name__}"
     if settings.selection != "predictor":

@@ -18,6 +18,7 @@ _MODULES = (
     "ffn/selection",
     "ffn/layer",
     "models/lm_loss",
+    "models/tensor_parallel",
     "models/modeling",
 )
 _HEADER = '''"""bankwise model classes, for `trust_remote_code=True` where the package bankwise is not installed.

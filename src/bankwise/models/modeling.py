@@ -6,6 +6,7 @@ generation, gradient checkpointing and `device_map` work as they do there.
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar
@@ -25,16 +26,13 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 
 from bankwise.config.sparsity import SparsityConfig
-from bankwise.ffn.layer import SparseSwiGLU, sparse_layers
+from bankwise.ffn.layer import SparseSwiGLU, recorded_loss, sparse_layers
 from bankwise.ffn.predictor import Predictor
 from bankwise.models.export import modeling_source
-from bankwise.models.lm_loss import IGNORED_LABEL, chunked_lm_loss
+from bankwise.models.lm_loss import IGNORED_LABEL, LMLoss, chunked_lm_loss
+from bankwise.models.tensor_parallel import SPARSE_TP_PLAN
 
 MODELING_MODULE = "modeling_bankwise"
-PREDICTOR_TP_PLAN = {
-    "layers.*.mlp.predictor.reduce": "replicated_with_grad_allreduce",
-    "layers.*.mlp.predictor.expand": "colwise",
-}
 
 
 def validate_sparsity(config: Any) -> SparsityConfig:
@@ -58,6 +56,15 @@ def install_sparse_ffn(base_model: Any, config: Any) -> None:
                 index,
                 bias=getattr(config, "mlp_bias", False),
             )
+
+
+@dataclass
+class TrainingOutput(CausalLMOutputWithPast):
+    """What a causal LM returns in training, where `logits` is None."""
+
+    routing_loss: Tensor | None = None
+    """Mean over layers of the auxiliary routing loss; None where it is not recorded. As an output of the forward it is
+    seen by DDP, which otherwise takes a predictor that nothing else trains for unused."""
 
 
 def chunked_causal_lm_forward(
@@ -112,9 +119,9 @@ def chunked_causal_lm_forward(
     )
     hidden_TD = outputs.last_hidden_state[:, :-1].flatten(0, 1)
     labels_T = labels[:, 1:].flatten()
-    loss = chunked_lm_loss(
+    loss = _head_loss(
+        self.lm_head,
         hidden_TD,
-        self.lm_head.weight,
         labels_T,
         chunk_size=loss_chunk,
         ce_weight=ce_weight,
@@ -124,17 +131,44 @@ def chunked_causal_lm_forward(
     )
     items = num_items_in_batch if num_items_in_batch is not None else (labels_T != IGNORED_LABEL).sum().clamp_min(1)
     self.last_loss_parts = (loss.cross_entropy / items, loss.distillation / items)
-    return CausalLMOutputWithPast(
+    return TrainingOutput(
         loss=loss.total / items,
+        routing_loss=recorded_loss(layer.mlp for layer in self.model.layers),
         past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
 
 
+def _head_loss(head: Any, hidden_TD: Tensor, labels_T: Tensor, **settings: Any) -> LMLoss:
+    """`chunked_lm_loss` with the whole weight of the head, wherever its parts are."""
+
+    def loss(hidden_TD: Tensor) -> LMLoss:
+        weight_VD = head.weight
+        if hasattr(weight_VD, "full_tensor"):  # sharded by tensor parallelism: the ranks compute the same loss
+            weight_VD = weight_VD.full_tensor()
+        return chunked_lm_loss(hidden_TD, weight_VD, labels_T, **settings)
+
+    if not head._forward_pre_hooks:
+        return loss(hidden_TD)
+    # FSDP2 and ZeRO-3 gather a module's weights in hooks around its forward, so the loss has to run as that forward.
+    own = head.__dict__.get("forward")
+    head.forward = loss
+    try:
+        return head(hidden_TD)
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
+
+
 def use_chunked_loss(dense: nn.Module) -> None:
     """Give a dense causal LM the same chunked training loss, for its training as a companion."""
     dense.forward = MethodType(chunked_causal_lm_forward, dense)
+
+
+def _class_name(model: nn.Module) -> str:
+    return type(model).__name__.removeprefix("FSDP")  # `fully_shard` makes a subclass of that name
 
 
 class _SparseModel(PreTrainedModel):
@@ -147,15 +181,15 @@ class _SparseModel(PreTrainedModel):
         """
         self.config.auto_map = {
             "AutoConfig": f"{MODELING_MODULE}.{type(self.config).__name__}",
-            "AutoModel": f"{MODELING_MODULE}.{type(self.base_model).__name__}",
+            "AutoModel": f"{MODELING_MODULE}.{_class_name(self.base_model)}",
         }
         if hasattr(self, "lm_head"):
-            self.config.auto_map["AutoModelForCausalLM"] = f"{MODELING_MODULE}.{type(self).__name__}"
+            self.config.auto_map["AutoModelForCausalLM"] = f"{MODELING_MODULE}.{_class_name(self)}"
         for layer in sparse_layers(self):
             if layer.packed is not None:
                 layer.unpack()
         super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
+        if self.should_save_on_this_rank(kwargs.get("is_main_process", True)):
             Path(save_directory, f"{MODELING_MODULE}.py").write_text(modeling_source(), encoding="utf-8")
 
     @torch.no_grad()
@@ -186,7 +220,7 @@ class BankwiseLlamaConfig(LlamaConfig):
     """LlamaConfig plus `sparsity`, a `SparsityConfig` as a plain dict."""
 
     model_type = "bankwise_llama"
-    base_model_tp_plan = LlamaConfig.base_model_tp_plan | PREDICTOR_TP_PLAN
+    base_model_tp_plan = LlamaConfig.base_model_tp_plan | SPARSE_TP_PLAN
     sparsity: dict | None = None
 
 
@@ -194,7 +228,7 @@ class BankwiseMistralConfig(MistralConfig):
     """MistralConfig plus `sparsity`, a `SparsityConfig` as a plain dict."""
 
     model_type = "bankwise_mistral"
-    base_model_tp_plan = MistralConfig.base_model_tp_plan | PREDICTOR_TP_PLAN
+    base_model_tp_plan = MistralConfig.base_model_tp_plan | SPARSE_TP_PLAN
     sparsity: dict | None = None
 
 
@@ -202,7 +236,7 @@ class BankwiseQwen2Config(Qwen2Config):
     """Qwen2Config plus `sparsity`, a `SparsityConfig` as a plain dict."""
 
     model_type = "bankwise_qwen2"
-    base_model_tp_plan = Qwen2Config.base_model_tp_plan | PREDICTOR_TP_PLAN
+    base_model_tp_plan = Qwen2Config.base_model_tp_plan | SPARSE_TP_PLAN
     sparsity: dict | None = None
 
 
@@ -210,7 +244,7 @@ class BankwiseQwen3Config(Qwen3Config):
     """Qwen3Config plus `sparsity`, a `SparsityConfig` as a plain dict."""
 
     model_type = "bankwise_qwen3"
-    base_model_tp_plan = Qwen3Config.base_model_tp_plan | PREDICTOR_TP_PLAN
+    base_model_tp_plan = Qwen3Config.base_model_tp_plan | SPARSE_TP_PLAN
     sparsity: dict | None = None
 
 

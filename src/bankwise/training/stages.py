@@ -1,17 +1,17 @@
 """All stages of a training, one after the other, resumable at the stage and step where it stopped."""
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bankwise.config import Stage
 from bankwise.data import RowCollator
+from bankwise.processes import copy_whole, from_main, shards_models
 from bankwise.training.checkpointing import checkpoint_step, last_whole_checkpoint
 from bankwise.training.optimizer import has_trainable_predictors
 from bankwise.training.rope import change_rope
@@ -44,8 +44,9 @@ def train_stages(
 ) -> int:
     """Train `model` in place on each of its stages; returns the tokens it has read.
 
-    `rows(i)` are the training rows of stage i, `telemetry(stage)` says how its routing is read, and `settings` go to
-    `UpcyclingTrainer`. Checkpoints go to `work/stage-i`; with `resume` the training goes on from the last whole one.
+    Every process of a launch calls it; afterwards each holds the whole trained model. `rows(i)` are the training rows
+    of stage i, `telemetry(stage)` says how its routing is read, and `settings` go to `UpcyclingTrainer`. Checkpoints go
+    to `work/stage-i`; with `resume` the training goes on from the last whole one.
     """
     own = list(stages_of(model, stages))
     first, last = _last_checkpoint(own, work) if resume else (0, None)
@@ -58,8 +59,11 @@ def train_stages(
             finished = AutoModelForCausalLM.from_pretrained(last, dtype=model.dtype)
             model.load_state_dict(finished.state_dict())
         if not is_done:
+            # FSDP and DeepSpeed take a model apart for good, so they get a copy.
+            is_apart = shards_models(settings.get("arguments") or {})
+            trained = copy.deepcopy(model.train()) if is_apart else model
             trainer = UpcyclingTrainer(
-                model,
+                trained,
                 stage,
                 rows(number),
                 work / f"stage-{number}",
@@ -71,6 +75,8 @@ def train_stages(
                 **settings,
             )
             trainer.train(resume_from_checkpoint=str(last) if position == first and last is not None else None)
+            if is_apart:
+                copy_whole(trained, model)
             model.zero_grad(set_to_none=True)
         tokens += stage.steps * int(stage.batch_tokens)
     return tokens
@@ -87,11 +93,12 @@ def remove_empty(work: Path) -> None:
 
 def _last_checkpoint(own: list[tuple[int, Stage]], work: Path) -> tuple[int, Path | None]:
     """Position of the stage that goes on, and its checkpoint: what the main process finds, in all processes."""
-    found: list[Any] = [(0, None)]
-    if PartialState().is_main_process:
+
+    def search() -> tuple[int, Path | None]:
         for position in reversed(range(len(own))):
             last = last_whole_checkpoint(work / f"stage-{own[position][0]}")
             if last is not None:
-                found = [(position, last)]
-                break
-    return broadcast_object_list(found)[0]
+                return position, last
+        return 0, None
+
+    return from_main(search)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
@@ -24,6 +23,7 @@ from bankwise.ffn import RoutingRecord, record_routing, sparse_layers
 from bankwise.ffn.precision import bf16_router_products
 from bankwise.files import remove_leftovers, sync
 from bankwise.models.document_attention import check_document_attention, document_attention
+from bankwise.processes import join_processes
 from bankwise.training.checkpointing import (
     CheckpointingTrainer,
     append_line,
@@ -36,6 +36,7 @@ from bankwise.training.checkpointing import (
 from bankwise.training.optimizer import has_trainable_predictors, parameter_groups, select_trained
 from bankwise.training.progress import PrintProgress
 from bankwise.training.schedules import ChannelSchedule, aux_weight, scheduler_arguments
+from bankwise.training.sharding import check_sharding, keep_sums_in_float32
 from bankwise.training.stopping import StopAtSignal
 from bankwise.training.telemetry import Telemetry, TelemetryPlan
 
@@ -103,7 +104,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
         own: dict[str, Any] = {
             "output_dir": str(output),
             "per_device_train_batch_size": stage.micro_batch,
-            "gradient_accumulation_steps": stage.accumulation(PartialState().num_processes),
+            "gradient_accumulation_steps": stage.accumulation(join_processes()),
             "max_steps": stage.steps,
             "learning_rate": stage.lr,
             "max_grad_norm": stage.max_grad_norm,
@@ -122,8 +123,10 @@ class UpcyclingTrainer(CheckpointingTrainer):
         refused = sorted(own.keys() & (arguments or {}).keys())
         if refused:
             raise ConfigError(f"trainer sets {', '.join(refused)}, which the recipe and its stages set; remove it")
+        # Whether a parameter gets a gradient changes from step to step: predictors, where a schedule switches a loss.
+        defaults: dict[str, Any] = {"report_to": [], "ddp_find_unused_parameters": True}
         try:
-            training_arguments = TrainingArguments(**own, **{"report_to": []} | (arguments or {}))
+            training_arguments = TrainingArguments(**own, **defaults | (arguments or {}))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"trainer={arguments} is not accepted by TrainingArguments: {error}") from error
         self.rows: Sized = rows  # type: ignore[assignment]  # map-style: Dataset has no __len__ in its type
@@ -133,6 +136,14 @@ class UpcyclingTrainer(CheckpointingTrainer):
                 "context and sequence parallelism drop the document mask; set packing.doc_mask: false, or leave "
                 "cp_size and sp_size at 1"
             )
+        check_sharding(self.accelerator, model)
+        if self.is_fsdp_enabled:
+            keep_sums_in_float32(self.accelerator.state.fsdp_plugin)
+            # FSDP2 gathers a layer's weights again when a gradient reaches the layer's output. Where only predictors
+            # learn none would, and the routing loss would find them freed.
+            model.enable_input_require_grads()
+        if self.teacher is not None:
+            self.teacher.to(self.args.device)
         # Every loss is a sum over a step's target tokens, of all passes and processes, divided by their number.
         self.model_accepts_loss_kwargs = True
         self.add_callback(ChannelSchedule(stage, model))
@@ -204,9 +215,8 @@ class UpcyclingTrainer(CheckpointingTrainer):
             raise TrainingError(f"{self._where()}: {error}. {self._last_good()}") from error
         ce, kd = self.accelerator.unwrap_model(model).last_loss_parts
         # Processes average their gradients, while the loss is divided by the tokens of all of them.
-        loss, aux, record = outputs.loss * self.args.world_size, None, self.record
-        if record is not None and record.losses:
-            aux = torch.stack(record.losses).mean()
+        loss, aux, record = outputs.loss * self.args.world_size, outputs.routing_loss, self.record
+        if aux is not None:
             loss = loss + aux_weight(stage, self.state.global_step) * aux / self.args.gradient_accumulation_steps
         if not loss.isfinite():
             raise TrainingError(f"{self._where()}: the loss is {loss.item()}. {self._last_good()}")
