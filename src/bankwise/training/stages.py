@@ -44,9 +44,9 @@ def train_stages(
 ) -> int:
     """Train `model` in place on each of its stages; returns the tokens it has read.
 
-    Every process of a launch calls it; afterwards each holds the whole trained model. `rows(i)` are the training rows of
-    stage i, `telemetry(stage)` says how its routing is read, and `settings` go to `UpcyclingTrainer`. Checkpoints go to
-    `work/stage-i`; with `resume` the training goes on from the last whole one.
+    `rows(i)` are the training rows of stage i, `telemetry(stage)` says how its routing is read, and `settings` go to
+    `UpcyclingTrainer`. Checkpoints go to `work/stage-i`; with `resume` the training goes on from the last whole one.
+    Every process of a launch calls it; afterwards each holds the whole trained model.
     """
     own = list(stages_of(model, stages))
     first, last = _last_checkpoint(own, work) if resume else (0, None)
