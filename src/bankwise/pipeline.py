@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -411,7 +410,7 @@ def train_model(
 
 
 def _telemetry(recipe: Recipe, stage: Stage, data: RunData, folder: Path) -> TelemetryPlan:
-    count = probe_size(stage, recipe.telemetry_steps, PartialState().num_processes)
+    count = probe_size(stage, recipe.telemetry_steps, join_processes())
     return TelemetryPlan(
         windows_WS=probe_windows(data.held_out, seq_len=stage.seq_len, num_windows=count),
         every=recipe.telemetry_steps,
