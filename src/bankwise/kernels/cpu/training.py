@@ -37,12 +37,16 @@ class ProductLogits(torch.autograd.Function):
         up_TF = code_TR[:, half:] @ expand_FR[:, half:].T
         vectors = gate_offset_F, up_offset_F, gate_log_noise_F, up_log_noise_F
         ctx.save_for_backward(code_TR, expand_FR, gate_TF, up_TF, *vectors)
+        ctx.set_materialize_grads(False)
         return torch.ops.bankwise.energy_logits(gate_TF, up_TF, *vectors, bias_F)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz_TF: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dz_TF: Tensor | None) -> tuple[Tensor | None, ...]:
         code_TR, expand_FR, *rest = ctx.saved_tensors
+        if dz_TF is None:
+            # Nothing reads the logits (K = B). The reference, whose bias is a node of its own, gives the same zeros.
+            return torch.zeros_like(code_TR), torch.zeros_like(expand_FR), *map(torch.zeros_like, rest[2:]), None
         half = code_TR.shape[-1] // 2
         is_rounded = _products_round_to_bf16()
         dgate_TF, dup_TF, *dvectors = torch.ops.bankwise.energy_logits_backward(dz_TF.contiguous(), *rest, is_rounded)
