@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from bankwise.config import DataSource
 from bankwise.data import Document, load_documents, load_split
@@ -19,6 +20,7 @@ from bankwise.data.corpus.catalogue import CORPUS, CorpusSource, is_permissive
 from bankwise.data.corpus.fetch import Package
 from bankwise.data.corpus.filters import Filters
 from bankwise.data.files import file_sha256
+from bankwise.data.tokenized import tokenized_training_split
 from bankwise.errors import ConfigError, DataError
 
 WORDS = [f"word{index}" for index in range(400)]
@@ -89,6 +91,17 @@ def test_corpus_is_a_source_and_so_is_each_of_its_files(texts: dict[str, CorpusS
     assert {document.source for document in held_out} == {document.source for document in train}
     _, of_file = load_split(DataSource(path=str(tmp_path / "corpus" / "novels.jsonl")), 0.2)
     assert of_file == [document for document in held_out if document.source == "package:pack"]
+
+
+def test_source_that_is_held_out_as_a_whole_is_not_trained_on(
+    texts: dict[str, CorpusSource], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    texts["news"] = source([Document("a", "A", held_out=True), Document("b", "B", held_out=True)])
+    build(tmp_path / "corpus", "news")
+    train, held_out = load_split(news := DataSource(path=str(tmp_path / "corpus" / "news.jsonl")), 0.05)
+    assert (train, [document.id for document in held_out]) == ([], ["a", "b"])
+    with pytest.raises(DataError, match=r"all documents of .*news.jsonl are always held out; name it in perplexity"):
+        tokenized_training_split(news, tokenizer, 0.05)
 
 
 def test_building_again_gives_the_same_files(texts: dict[str, CorpusSource], tmp_path: Path) -> None:

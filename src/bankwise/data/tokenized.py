@@ -57,6 +57,8 @@ def tokenized_training_split(
     the one that tokenises. Each document has its bos by the tokenizer's rule and ends with eos where there is one.
     """
     documents, _ = load_split(source, held_out_fraction)
+    if not documents:
+        raise DataError(f"all documents of {source.path} are always held out; name it in perplexity.data, not in data")
     folder = cache_folder("tokens") / _key(documents, tokenizer)
     try:
         lengths = _lengths(folder)
