@@ -175,7 +175,9 @@ def test_a_sliding_window_bounds_the_attention(tiny_dense):
     ],
     ids=str,
 )
-def test_memory_of_a_step_is_within_a_fifth_of_the_measured_peak(sparsity, settings, tiny_dense):
+def test_memory_of_a_step_is_within_a_fifth_of_the_measured_peak(sparsity, settings, tiny_dense, monkeypatch):
+    # The formula is that of the reference; the fused operators of a CPU keep less.
+    monkeypatch.setenv("BANKWISE_KERNEL", "reference")
     stage = a_stage(**{"seq_len": 64} | settings)
     sizes = {"num_hidden_layers": 4, "intermediate_size": 512, "hidden_size": 128, "max_position_embeddings": 256}
     dense = tiny_dense("llama", **sizes)
