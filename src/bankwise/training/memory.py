@@ -2,8 +2,8 @@
 
 What is counted is what the training code keeps: float32 weights, gradients and AdamW states, the copies that autocast
 makes of the matrices, what autograd saves for the backward pass, and the largest temporaries of one feed-forward and of
-the loss, on the reference path. Compared with the peak of real steps in tests/training/test_budget.py. The CUDA context, NCCL's buffers and
-fragmentation come on top: 1 to 3 GB and some per cent.
+the loss, on the reference path. Compared with the peak of real steps in tests/training/test_budget.py. The CUDA
+context, NCCL's buffers and fragmentation come on top: 1 to 3 GB and some per cent.
 
 Names: D hidden, F FFN channels, R rank, V vocabulary, T tokens of one forward pass on one device.
 """
