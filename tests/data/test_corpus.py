@@ -14,7 +14,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from bankwise.config import DataSource
-from bankwise.data import Document, load_documents, load_split
+from bankwise.data import Document, load_documents, load_split, mixed_windows
 from bankwise.data.corpus import build_corpus, catalogue, default_sources, extract
 from bankwise.data.corpus.catalogue import CORPUS, CorpusSource, is_permissive
 from bankwise.data.corpus.fetch import Package
@@ -102,6 +102,8 @@ def test_source_that_is_held_out_as_a_whole_is_not_trained_on(
     assert (train, [document.id for document in held_out]) == ([], ["a", "b"])
     with pytest.raises(DataError, match=r"all documents of .*news.jsonl are always held out; name it in perplexity"):
         tokenized_training_split(news, tokenizer, 0.05)
+    with pytest.raises(DataError, match=r"^all documents of .*news.jsonl are always held out; name it in perplexity"):
+        mixed_windows([news], tokenizer, seq_len=1, num_windows=1, split="train", held_out_fraction=0.05)
 
 
 def test_building_again_gives_the_same_files(texts: dict[str, CorpusSource], tmp_path: Path) -> None:

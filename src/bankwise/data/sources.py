@@ -12,7 +12,14 @@ from bankwise.data.packages import read_package
 from bankwise.data.synthetic import synthetic_documents
 from bankwise.errors import DataError
 
-__all__ = ["Document", "load_documents", "load_split", "source_name", "split_documents"]
+__all__ = [
+    "Document",
+    "load_documents",
+    "load_split",
+    "load_training_documents",
+    "source_name",
+    "split_documents",
+]
 
 
 def load_documents(source: DataSource) -> list[Document]:
@@ -47,6 +54,14 @@ def source_name(source: DataSource) -> str:
 def load_split(source: DataSource, held_out_fraction: float) -> tuple[list[Document], list[Document]]:
     """Training and held-out documents of a source."""
     return split_documents(load_documents(source), held_out_fraction, source_name(source))
+
+
+def load_training_documents(source: DataSource, held_out_fraction: float) -> list[Document]:
+    """Training documents of a source, at least one; a source whose documents are all held out raises `DataError`."""
+    documents, _ = load_split(source, held_out_fraction)
+    if not documents:
+        raise DataError(f"all documents of {source.path} are always held out; name it in perplexity.data, not in data")
+    return documents
 
 
 def _read(source: DataSource) -> Iterator[Document]:

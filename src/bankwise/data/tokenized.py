@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bankwise.cache import cache_folder
 from bankwise.config import DataSource
-from bankwise.data.sources import Document, load_split, source_name
+from bankwise.data.sources import Document, load_training_documents, source_name
 from bankwise.data.windows import encode
 from bankwise.errors import DataError
 
@@ -56,9 +56,7 @@ def tokenized_training_split(
     The tokenizer's own threads use all cores, with no process to start. Processes that ask at the same time wait for
     the one that tokenises. Each document has its bos by the tokenizer's rule and ends with eos where there is one.
     """
-    documents, _ = load_split(source, held_out_fraction)
-    if not documents:
-        raise DataError(f"all documents of {source.path} are always held out; name it in perplexity.data, not in data")
+    documents = load_training_documents(source, held_out_fraction)
     folder = cache_folder("tokens") / _key(documents, tokenizer)
     try:
         lengths = _lengths(folder)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bankwise.config import DataSource
-from bankwise.data.sources import Document, load_split
+from bankwise.data.sources import Document, load_split, load_training_documents
 from bankwise.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -117,8 +117,10 @@ def mixed_windows(
     ):
         if share == 0:
             continue
-        train, held_out = load_split(source, held_out_fraction)
-        documents = train if split == "train" else held_out
+        if split == "train":
+            documents = load_training_documents(source, held_out_fraction)
+        else:
+            _, documents = load_split(source, held_out_fraction)
         try:
             windows = token_windows(documents, tokenizer, seq_len=seq_len, max_windows=share, seed=seed)
         except DataError as error:
