@@ -33,10 +33,18 @@ def test_positions_can_count_within_documents():
 
 def test_an_unmasked_batch_keeps_its_rows_and_has_no_label_on_padding():
     batch = RowCollator(Packing(doc_mask=False))(ROWS)
-    assert set(batch) == {"input_ids", "labels"}
+    assert set(batch) == {"input_ids", "labels", "text_places"}
     assert batch["input_ids"].tolist() == [[*range(10, 18)], [*range(20, 28)]]
     assert batch["labels"].tolist() == [[*range(10, 18)], [*range(20, 25), -100, -100, -100]]
     assert ROWS[1]["input_ids"].tolist() == [*range(20, 28)], "the row itself is left alone"
+
+
+@pytest.mark.parametrize("doc_mask", [True, False])
+def test_a_batch_says_which_of_its_tokens_are_text_where_there_is_padding(doc_mask):
+    collate = RowCollator(Packing(doc_mask=doc_mask))
+    assert collate(ROWS)["text_places"].tolist() == [*range(8), *range(8, 13)]
+    assert collate(ROWS[::-1])["text_places"].tolist() == [*range(5), *range(8, 16)]
+    assert "text_places" not in collate(ROWS[:1])
 
 
 def test_a_row_without_lengths_is_one_document():

@@ -370,6 +370,16 @@ def test_recall_and_retained_energy_are_those_of_a_naive_count(center, token_fra
     assert float(record.retained[0]) < float(record.retained_oracle[0]) < 1
 
 
+def test_what_is_recorded_of_a_statistical_selection_is_what_the_layer_reads():
+    layer, x = make_layer(gate_mode="stat_topk"), make_input()
+    with record_routing(layer, with_loss=False) as record:
+        layer(x)
+    energy, kept = energy_of(layer, x, 0.0).square(), layer.active_mask(x)
+    assert not torch.equal(kept, mask_of(layer, x))
+    expected = ((energy * kept).sum(dim=-1) / energy.sum(dim=-1)).mean()
+    torch.testing.assert_close(record.retained[0].double(), expected.double(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["kl", "bce"])
 @pytest.mark.parametrize("scope", ["all", "selected"])
 @pytest.mark.parametrize("center", ["off", "mean"])

@@ -29,11 +29,11 @@ def stage(**settings):
 def train(tmp_path, rows):
     """Factory: the only line of metrics.jsonl after training on one step of the four rows."""
 
-    def run(model, *, teacher=None, **settings):
+    def run(model, *, teacher=None, texts=rows, **settings):
         metrics = tmp_path / "metrics.jsonl"
         metrics.unlink(missing_ok=True)
         train_stages(
-            model, [stage(**settings)], lambda number: rows, tmp_path / "work", teacher=teacher, metrics_file=metrics,
+            model, [stage(**settings)], lambda number: texts, tmp_path / "work", teacher=teacher, metrics_file=metrics,
             quiet=True,
         )  # fmt: skip
         (line,) = metrics.read_text().splitlines()
@@ -68,6 +68,21 @@ def test_losses_are_those_of_the_documents_alone(sparse, tiny_dense, rows, train
         gradient_checkpointing=True,
     )  # fmt: skip
     assert (line["ce"], line["kd"]) == pytest.approx(expected(model, teacher, rows, Packing(**packing)), rel=2e-5)
+
+
+@pytest.mark.parametrize("doc_mask", [True, False])
+def test_padding_has_no_part_in_the_routing_loss_and_the_recorded_routing(sparse, rows, train, doc_mask):
+    def routing(texts):
+        line = train(
+            sparse(), texts=texts, aux_weight=0.1, aux_token_fraction=0.5, packing=Packing(doc_mask=doc_mask),
+            micro_batch=2, gradient_checkpointing=True,
+        )  # fmt: skip
+        return [line["aux"], *line["recall"], *line["retained"]]
+
+    others = [dict(row, input_ids=row["input_ids"].clone()) for row in rows]
+    for row in others:
+        row["input_ids"][row["document_lengths"].sum() :] = 7
+    assert routing(others) == pytest.approx(routing(rows), rel=1e-6)
 
 
 def test_the_attention_of_both_models_is_as_before_when_training_ends(sparse, tiny_dense, train):

@@ -2,7 +2,8 @@
 
 With a document mask the batch follows transformers' padding-free convention: all rows flattened into one, with the
 borders of the documents (`cu_seq_lens_q`, ...), which FlashAttention and `models.document_attention` read. The size
-of a batch never varies: padding at the end of a row is a document of its own, without labels.
+of a batch never varies: padding at the end of a row is a document of its own, without labels. `text_places` says where
+there is text; what is averaged over tokens must leave the padding out.
 
 Shapes: R rows of T tokens, N documents (padding included).
 """
@@ -28,7 +29,8 @@ class RowCollator:
         """Inputs and labels of a causal LM, which predicts token t from those before it.
 
         With doc_mask [1, R * T]: no label on the first token of a document, since nothing before it belongs to it.
-        Without [R, T].
+        Without [R, T]. `text_places`, no input of the model: int64, the places of all but the padding among the R * T;
+        not there where no row has padding.
         """
         ids_RT = torch.stack([row["input_ids"] for row in rows])
         length = ids_RT.shape[1]
@@ -36,8 +38,10 @@ class RowCollator:
         labels_RT = ids_RT.clone()
         for labels_T, lengths in zip(labels_RT, documents, strict=True):
             labels_T[int(lengths.sum()) :] = IGNORED_LABEL
+        is_text = torch.arange(length) < torch.stack([lengths.sum() for lengths in documents])[:, None]
+        text = {} if is_text.all() else {"text_places": is_text.flatten().nonzero().flatten()}
         if not self.doc_mask:
-            return {"input_ids": ids_RT, "labels": labels_RT}
+            return {"input_ids": ids_RT, "labels": labels_RT, **text}
 
         padded = [_with_padding(lengths, length) for lengths in documents]
         lengths_N = torch.cat(padded)
@@ -59,6 +63,7 @@ class RowCollator:
             "cu_seq_lens_k": borders,
             "max_length_q": longest,
             "max_length_k": longest,
+            **text,
         }
 
 

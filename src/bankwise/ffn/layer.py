@@ -46,6 +46,10 @@ class RoutingRecord:
     token_fraction: float = 1.0
     """Share of the tokens (evenly spaced) that the auxiliary loss and the statistics read."""
 
+    text_places: Tensor | None = None
+    """int64, places of the tokens that are text in the flattened batch; the others are padding, which neither reads.
+    None: all are text."""
+
     observe: Callable[["SparseSwiGLU", Tensor, Tensor], None] | None = None
     """Called with each layer, its dense activation h and its logits z, both [..., F] of all tokens."""
 
@@ -61,6 +65,12 @@ class RoutingRecord:
     layers whose router that loss should train: not frozen, not detached, and with something to choose."""
     aux_gradients: dict[int, Tensor] = field(default_factory=dict)
     """By layer: the same of the auxiliary part, as weighted in the loss."""
+
+    def read(self, values: Tensor) -> Tensor:
+        """Rows [tokens, n] of the tokens that are read, of the values [..., n] of all tokens."""
+        stride = max(1, round(1 / self.token_fraction))
+        rows = values.flatten(0, -2)
+        return rows[::stride] if self.text_places is None else rows[self.text_places[::stride]]
 
 
 class SparseSwiGLU(nn.Module):
@@ -266,27 +276,25 @@ class SparseSwiGLU(nn.Module):
             _add_squared_gradient(record.lm_gradients, self.layer, scores_TF)
         if not record.with_loss and not record.with_statistics:
             return
-        stride = max(1, round(1 / record.token_fraction))
-        h_TF = h_TF.detach().flatten(0, -2)[::stride]
-        energy_TF = channel_energy(h_TF, self.down_proj.weight, self._center())
-        cut = cut_banks(scores_TF.flatten(0, -2)[::stride], **self._rule(self.active_per_bank))
+        energy_TF = channel_energy(record.read(h_TF.detach()), self.down_proj.weight, self._center())
+        mask_TF = self.chosen(record.read(scores_TF.detach()))
         record.layers.append(self.layer)
         if record.with_loss and self.sparsity.trains_predictor and self.sparsity.predictor_grad != "lm":
             # The loss sees the input detached: it may train the predictor, never reshape the trunk.
-            own_TF = self.logits(x_TD.detach().flatten(0, -2)[::stride])
+            own_TF = self.logits(record.read(x_TD.detach()))
             if record.with_gradients and own_TF.requires_grad:
                 _add_squared_gradient(record.aux_gradients, self.layer, own_TF)
             record.losses.append(
                 routing_loss(
                     own_TF, energy_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank,
-                    kind=record.loss_kind, selected_TF=cut.mask_TF if record.scope == "selected" else None,
+                    kind=record.loss_kind, selected_TF=mask_TF if record.scope == "selected" else None,
                 )
             )  # fmt: skip
         if not record.with_statistics:
             return
         oracle_TF = bank_topk_mask(energy_TF, bank_size=self.bank_size, active_per_bank=self.active_per_bank)
-        record.recalls.append(channel_recall(cut.mask_TF, oracle_TF))
-        record.retained.append(retained_energy(energy_TF, cut.mask_TF))
+        record.recalls.append(channel_recall(mask_TF, oracle_TF))
+        record.retained.append(retained_energy(energy_TF, mask_TF))
         record.retained_oracle.append(retained_energy(energy_TF, oracle_TF))
 
     def extra_repr(self) -> str:

@@ -201,6 +201,9 @@ class UpcyclingTrainer(CheckpointingTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         stage = self.stage
+        text_places = inputs.pop("text_places", None)
+        if self.record is not None:
+            self.record.text_places = text_places
         distill: dict[str, Any] = {}
         if self.teacher is not None and stage.kd_weight:
             read = {name: value for name, value in inputs.items() if name != "labels"}
