@@ -111,7 +111,7 @@ def fast_forward(layer: SparseSwiGLU, x_TD: Tensor) -> Tensor | None:
         if not is_current(layer, packed):
             layer.packed = None
             return fast_forward(layer, x_TD)
-    if _tokens(x_TD) > packed.max_tokens or layer.routing_record is not None or not _has_own_predictor(layer):
+    if _tokens(x_TD) > packed.max_tokens or not _has_own_predictor(layer):
         if packed.scales_F3 is None:
             return None
         mask_TF = bank_topk_mask(layer.logits(x_TD), bank_size=layer.bank_size, active_per_bank=layer.active_per_bank)
