@@ -86,6 +86,15 @@ def test_a_torn_folder_is_written_again(folder, tokenizer, encodings, cache):
     assert len(encodings) == 2
 
 
+def test_what_a_killed_process_left_is_written_over(folder, tokenizer, cache):
+    source = DataSource(path=str(folder))
+    first = documents(tokenized_training_split(source, tokenizer, 0.2))
+    (whole,) = (file.parent for file in cache.glob("*/tokens.bin"))
+    whole.rename(cache / f".{whole.name}.partial")
+    assert documents(tokenized_training_split(source, tokenizer, 0.2)) == first
+    assert sorted(path.suffix for path in cache.iterdir()) == ["", ".lock"]
+
+
 def test_documents_outside_the_limits_are_left_out(folder, tokenizer, encodings):
     lengths = tokenized_training_split(DataSource(path=str(folder)), tokenizer, 0.2).lengths
     low, high = np.quantile(lengths, [0.3, 0.7]).astype(int).tolist()

@@ -7,7 +7,6 @@ are read from the memory-mapped file: no process holds the tokens.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from bankwise.config import DataSource
 from bankwise.data.sources import Document, load_training_documents, source_name
 from bankwise.data.windows import encode
 from bankwise.errors import DataError
+from bankwise.files import put_folder
 
 _LAYOUT = 1  # of the files; another number makes every cached folder unread
 _CHARS_AT_ONCE = 1 << 23  # of text that is tokenised together: documents for all cores, some 300 MB for a moment
@@ -119,8 +119,12 @@ def _lengths(folder: Path) -> np.ndarray | None:
 def _write(
     folder: Path, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, name: str, progress: bool
 ) -> np.ndarray:
-    """Tokenise into a folder beside `folder` and put that in its place; returns the lengths of the documents."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    """Tokenise into a folder beside `folder` and put that in its place; returns the lengths of the documents.
+
+    The caller holds the lock, so what lies there already is what a killed process left.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     dtype = _dtype(tokenizer)
     lengths: list[int] = []
     try:
@@ -139,9 +143,7 @@ def _write(
                 bar.update(sum(map(len, texts)))
         np.save(partial / "lengths.npy", np.array(lengths, dtype=np.int64))
         (partial / "dtype.txt").write_text(dtype, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
+        put_folder(partial, folder)
         return np.array(lengths, dtype=np.int64)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -16,9 +16,9 @@ from typing import Any
 from bankwise.data.corpus.catalogue import CORPUS, CorpusSource, default_sources, is_permissive
 from bankwise.data.corpus.filters import CUT, Filters
 from bankwise.data.documents import Document
-from bankwise.data.files import HELD_OUT_FIELD, MANIFEST, ORIGIN_FIELD, file_sha256
+from bankwise.data.files import HELD_OUT_FIELD, MANIFEST, ORIGIN_FIELD
 from bankwise.errors import ConfigError, DataError
-from bankwise.files import write_json
+from bankwise.files import file_sha256, write_json
 
 
 def build_corpus(
@@ -40,6 +40,7 @@ def build_corpus(
         raise ConfigError(f"{output} exists already; choose another folder or remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed build that had the same process number
     partial.mkdir()
     try:
         filters = Filters(keep_all=keep_all)
