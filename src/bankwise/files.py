@@ -4,6 +4,7 @@ What is being written lies beside its place under a hidden name that ends in `.p
 it is renamed. `remove_leftovers` clears up after a process that was killed in between.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -58,6 +59,12 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
     for path in folder.glob(".*.old"):
         _settle(path)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -19,9 +19,9 @@ from bankwise.data.corpus import build_corpus, catalogue, default_sources, extra
 from bankwise.data.corpus.catalogue import CORPUS, CorpusSource, is_permissive
 from bankwise.data.corpus.fetch import Package
 from bankwise.data.corpus.filters import Filters
-from bankwise.data.files import file_sha256
 from bankwise.data.tokenized import tokenized_training_split
 from bankwise.errors import ConfigError, DataError
+from bankwise.files import file_sha256
 
 WORDS = [f"word{index}" for index in range(400)]
 

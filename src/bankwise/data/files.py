@@ -3,7 +3,6 @@
 Every mistake in a file is named by its line or column.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from itertools import groupby
@@ -13,6 +12,7 @@ from typing import Any
 from bankwise.config import DataSource
 from bankwise.data.documents import Document, row_id
 from bankwise.errors import ConfigError, DataError
+from bankwise.files import file_sha256
 
 TEXT_KINDS = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts")
 """Files that a folder is read for."""
@@ -86,12 +86,6 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(_not_utf8(path, f"byte {error.start}")) from error
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text_files(folder: Path, pattern: str = "*") -> list[Path]:

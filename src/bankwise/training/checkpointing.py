@@ -6,7 +6,6 @@ each writes its own files, the main one renames, and all go on together. The fol
 see, unless `save_on_each_node` is set.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from torch import nn
 from transformers import Trainer
 
 from bankwise.errors import TrainingError
-from bankwise.files import put_folder, remove_folder, write_json, write_text
+from bankwise.files import file_sha256, put_folder, remove_folder, write_json, write_text
 
 MANIFEST = "manifest.json"
 _OWN_STATE = "own_state.json"
@@ -137,7 +136,7 @@ def write_manifest(checkpoint: Path) -> None:
     """Write size and SHA-256 of every file of the checkpoint into `manifest.json`."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     with ThreadPoolExecutor(_THREADS) as pool:
-        hashes = pool.map(_sha256, files)
+        hashes = pool.map(file_sha256, files)
         entries = {
             path.relative_to(checkpoint).as_posix(): {"size": path.stat().st_size, "sha256": digest}
             for path, digest in zip(files, hashes, strict=True)
@@ -165,7 +164,7 @@ def damage(checkpoint: Path, *, contents: bool = True) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
     if contents:
         with ThreadPoolExecutor(_THREADS) as pool:
-            hashes = pool.map(_sha256, [checkpoint / name for name in expected])
+            hashes = pool.map(file_sha256, [checkpoint / name for name in expected])
             for (name, (_, digest)), found in zip(expected.items(), hashes, strict=True):
                 if found != digest:
                     return f"{name}: sha256 differs"
@@ -234,11 +233,6 @@ def _is_after(row: dict[str, Any], model: str, tokens: int) -> bool:
 def _checkpoints(folder: Path) -> list[Path]:
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
     return sorted(found, key=checkpoint_step)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _no_room(folder: Path, name: str, reason: str) -> str:

@@ -6,7 +6,6 @@ at its random start.
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import json
@@ -38,6 +37,7 @@ from transformers.utils import logging as transformers_logging
 
 from bankwise.cache import cache_folder
 from bankwise.errors import ConfigError, ModelLoadError
+from bankwise.files import file_sha256
 from bankwise.models.checkpoint import is_sparse_checkpoint, load_checkpoint
 from bankwise.models.public import PUBLIC_MODELS, public_config
 
@@ -520,8 +520,7 @@ def _quiet_loading() -> Iterator[None]:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise ModelLoadError(f"{path} cannot be read: {error.strerror}") from error
 

