@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from bankwise.data.positions import POSITION_BUCKETS, bucket_of
 from bankwise.errors import ConfigError
-from bankwise.ffn import SparseSwiGLU, channel_energy, sparse_layers
+from bankwise.ffn import SparseSwiGLU, sparse_layers
 from bankwise.ffn.routing_counts import RoutingCounts
 from bankwise.ffn.routing_statistics import usage_entropy
 from bankwise.models.cost import token_cost
@@ -115,17 +115,17 @@ class _LayerCounter:
         """Count what concerns single tokens; return their masks."""
         layer = self.layer
         mask_TF = layer.active_mask(x_TD)
-        center_F = None if layer.sparsity.center == "off" else layer.center
-        energy_TF = channel_energy(layer.dense_activation(x_TD), layer.down_proj.weight, center_F)
+        energy_TF = layer.energy(layer.dense_activation(x_TD))
         logits_TF = layer.logits(x_TD) if layer.sparsity.selection == "predictor" else None
         self.counts.add_tokens(energy_TF, logits_TF, mask_TF, bucket_of(place * _CHUNK))
         if self.is_exact:
-            self._check(mask_TF, read_TF, center_F)
+            self._check(mask_TF, read_TF)
         return mask_TF
 
-    def _check(self, mask_TF: Tensor, read_TF: Tensor, center_F: Tensor | None) -> None:
+    def _check(self, mask_TF: Tensor, read_TF: Tensor) -> None:
         """Every bank has exactly k active channels, and `down` got nothing from the others but their centre."""
-        leaked_TF = ~mask_TF & (read_TF != (0 if center_F is None else center_F.to(read_TF.dtype)))
+        dropped = 0 if self.layer.sparsity.center == "off" else self.layer.center.to(read_TF.dtype)
+        leaked_TF = ~mask_TF & (read_TF != dropped)
         banks = (-1, self.layer.bank_size)
         count_TN = mask_TF.unflatten(-1, banks).sum(dim=-1)
         wrong_TN = (count_TN != self.layer.active_per_bank) | leaked_TF.unflatten(-1, banks).any(dim=-1)

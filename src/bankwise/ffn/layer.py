@@ -159,18 +159,19 @@ class SparseSwiGLU(nn.Module):
             return self.logits(x_TD)
         if self.sparsity.reads_all_channels:
             assert h_TF is not None
-            return channel_energy(h_TF, self.down_proj.weight, self._center())
+            return self.energy(h_TF)
         return random_scores(self.sparsity, self.layer, x_TD, self.gate_proj.out_features)
 
     def _rule(self, active_per_bank: int) -> dict[str, int]:
         return bank_rule(self.sparsity, self.gate_proj.out_features, active_per_bank)
 
-    def _center(self) -> Tensor | None:
-        return None if self.sparsity.center == "off" else self.center
-
     def dense_activation(self, x_TD: Tensor) -> Tensor:
         """h_TF of the dense SwiGLU."""
         return functional.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)
+
+    def energy(self, h_TF: Tensor) -> Tensor:
+        """`channel_energy` of h with the layer's own matrix and, where it has one, its centre."""
+        return channel_energy(h_TF, self.down_proj.weight, None if self.sparsity.center == "off" else self.center)
 
     def train(self, mode: bool = True) -> Self:
         """As in torch. Training gets the dense weights back in their ordinary layout."""
@@ -276,7 +277,7 @@ class SparseSwiGLU(nn.Module):
             _add_squared_gradient(record.lm_gradients, self.layer, scores_TF)
         if not record.with_loss and not record.with_statistics:
             return
-        energy_TF = channel_energy(record.read(h_TF.detach()), self.down_proj.weight, self._center())
+        energy_TF = self.energy(record.read(h_TF.detach()))
         mask_TF = self.chosen(record.read(scores_TF.detach()))
         record.layers.append(self.layer)
         if record.with_loss and self.sparsity.trains_predictor and self.sparsity.predictor_grad != "lm":

@@ -53,8 +53,7 @@ class OracleRouting(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         layer = self._layer[0]
-        center_F = None if layer.sparsity.center == "off" else layer.center
-        energy_TF = channel_energy(layer.dense_activation(x_TD), layer.down_proj.weight, center_F)
+        energy_TF = layer.energy(layer.dense_activation(x_TD))
         logits_TNB = self._predictor[0](x_TD).unflatten(-1, (-1, layer.bank_size))
         order_TNB = energy_TF.unflatten(-1, (-1, layer.bank_size)).argsort(dim=-1, descending=True, stable=True)
         falling_TNB = logits_TNB.sort(dim=-1, descending=True).values

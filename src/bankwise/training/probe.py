@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bankwise.data.positions import bucket_of, buckets_below
-from bankwise.ffn import SparseSwiGLU, channel_energy, record_routing, sparse_layers
+from bankwise.ffn import SparseSwiGLU, record_routing, sparse_layers
 from bankwise.ffn.routing_counts import RoutingCounts, usage_figures
 from bankwise.ffn.routing_statistics import mask_churn
 
@@ -95,13 +95,11 @@ class RoutingProbe:
 def _count_window(counts: RoutingCounts, h_SF: Tensor, logits_SF: Tensor) -> Tensor:
     """Count one window of a layer; return its mask [S, F]."""
     layer = counts.layer
-    center_F = None if layer.sparsity.center == "off" else layer.center
     masks = []
     for start in range(0, len(h_SF), _CHUNK):
         h_TF, logits_TF = h_SF[start : start + _CHUNK], logits_SF[start : start + _CHUNK]
-        energy_TF = channel_energy(h_TF, layer.down_proj.weight, center_F)
         masks.append(layer.chosen(logits_TF))
-        counts.add_tokens(energy_TF, logits_TF, masks[-1], bucket_of(start))
+        counts.add_tokens(layer.energy(h_TF), logits_TF, masks[-1], bucket_of(start))
     mask_SF = torch.cat(masks)
     counts.add_neighbours(mask_SF)
     return mask_SF
