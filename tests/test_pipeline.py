@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from training.tiny_run import tiny_recipe, without_time, write_model, write_texts
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import bankwise
 from bankwise.config import load_recipe
@@ -516,6 +516,40 @@ def test_resuming_a_finished_run_trains_nothing_and_measures_the_same(recipe, mo
     again = bankwise.run(settings, resume=True, quiet=True)
     for name in ("dense", "untrained", "companion", "sparse", "closed"):
         assert again.summary[name] == first.summary[name]
+
+
+def test_a_rope_change_reaches_models_that_skip_its_stage_and_models_that_are_loaded_again(recipe, monkeypatch):
+    settings = recipe(controls=["dense_narrow"])
+    (stage,) = settings["stages"]
+    stage |= {"seq_len": 256, "batch_tokens": 256, "teacher": "companion", "kd_weight": 0.5}
+    rope = {"trains": "predictor", "aux_weight": 1.0, "kd_weight": 0.0, "rope": {"kind": "theta", "theta": 5e4}}
+    settings["stages"].insert(0, stage | rope)
+    first = bankwise.run(settings, quiet=True)
+    for name in ("checkpoint", "companion", "dense_narrow"):
+        config = AutoConfig.from_pretrained(first.folder / name)
+        assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (256, 5e4)
+    interrupt_after(monkeypatch, "sparse", passes=0)
+    again = bankwise.run(settings, resume=True, quiet=True)
+    for name in ("companion", "sparse", "dense_narrow"):
+        assert again.summary[name] == first.summary[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope": {}}, r"stages.0: seq_len=256 is longer than the model's context of 128"),
+        ({"kd_weight": 1.0}, r"stages.0: .* context of the dense teacher, 128"),
+    ],
+    ids=["rows", "teacher"],
+)
+def test_rows_that_a_model_cannot_place_are_refused_before_the_conversion(recipe, finished, change, words):
+    stage = {"seq_len": 256, "batch_tokens": 256, "rope": {"kind": "theta", "theta": 5e4}} | change
+    settings = load_recipe(recipe(stage=stage))
+    with pytest.raises(ConfigError, match=words):
+        bankwise.run(settings, quiet=True)
+    with pytest.raises(ConfigError, match=words):
+        bankwise.train(settings, finished.folder / "untrained", quiet=True)
+    assert not Path(settings.output).exists()
 
 
 # train

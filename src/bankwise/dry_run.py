@@ -27,7 +27,7 @@ from bankwise.training.budget import (
 )
 from bankwise.training.controls import DENSE_NARROW, control_sparsity, control_stages
 from bankwise.training.memory import Memory, Sharding, step_memory
-from bankwise.training.rope import changed_rope
+from bankwise.training.rope import changed_rope, check_rope, check_teacher
 from bankwise.upcycle.loading import load_shape
 from bankwise.upcycle.narrow import kept_channels
 
@@ -124,6 +124,8 @@ def plan_run(
         sparse, origin = load_shape(checkpoint)
         if sparsity_of(sparse) is None:
             raise ConfigError(f"{checkpoint} is a dense model; `bankwise train` goes on from a sparse checkpoint")
+        check_rope(sparse, recipe.stages)
+        check_teacher(dense, recipe.stages)
     sparsity = sparsity_of(sparse)
     assert sparsity is not None
     students = {"sparse": sparse}

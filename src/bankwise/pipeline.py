@@ -38,6 +38,7 @@ from bankwise.provenance import environment
 from bankwise.report import write_report
 from bankwise.training import COMPANION, train_stages, trained_tokens
 from bankwise.training.controls import DENSE_NARROW, check_controls, control_model, control_stages
+from bankwise.training.rope import change_rope, check_rope, check_teacher
 from bankwise.training.sharding import check_launch
 from bankwise.training.stages import remove_empty
 from bankwise.training.telemetry import TelemetryPlan, probe_size
@@ -198,9 +199,12 @@ def train(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)
+    check_rope(model.config, recipe.stages)
     has_teacher = any(stage.kd_weight for stage in recipe.stages)
     with main_first():
         teacher = load_dense(recipe.model, tokenizer=False).model if has_teacher else None
+    if teacher is not None:
+        check_teacher(teacher.config, recipe.stages)
     data = load_data(recipe, tokenizer, progress=not quiet)
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     train_model(recipe, model, data, folder, "sparse", tokenizer, teacher=teacher, resume=resume, quiet=quiet)
@@ -279,6 +283,8 @@ def check_model(recipe: Recipe, config: Any) -> None:
         raise ConfigError(
             f"eval.seq_len={recipe.eval.seq_len} is longer than the model's context of {context}; use {context} or less"
         )
+    check_rope(config, recipe.stages)
+    check_teacher(config, recipe.stages)
 
 
 def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -384,6 +390,8 @@ def train_model(
     if resume and (target / "config.json").is_file():
         finished = load_dense(target, tokenizer=False).model if is_dense else load_checkpoint(target)[0]
         model.load_state_dict(finished.state_dict())
+        for stage in stages:
+            change_rope(model, stage.rope, stage.seq_len)
         return trained_tokens(model, stages)
     if is_dense:
         use_chunked_loss(model)

@@ -48,13 +48,16 @@ def train_stages(
     of stage i, `telemetry(stage)` says how its routing is read, and `settings` go to `UpcyclingTrainer`. Checkpoints go
     to `work/stage-i`; with `resume` the training goes on from the last whole one.
     """
-    own = list(stages_of(model, stages))
+    own = [number for number, _ in stages_of(model, stages)]
     first, last = _last_checkpoint(own, work) if resume else (0, None)
     tokens = 0
-    for position, (number, stage) in enumerate(own):
+    for number, stage in enumerate(stages):
+        # Of a stage that the model skips too: it stays for the stages after it.
         change_rope(model, stage.rope, stage.seq_len)
-        is_done = position < first or (position == first and last is not None and checkpoint_step(last) == stage.steps)
-        if is_done and position == first:
+        if number not in own:
+            continue
+        is_done = number < first or (number == first and last is not None and checkpoint_step(last) == stage.steps)
+        if is_done and number == first:
             assert last is not None
             finished = AutoModelForCausalLM.from_pretrained(last, dtype=model.dtype)
             model.load_state_dict(finished.state_dict())
@@ -71,10 +74,10 @@ def train_stages(
                 teacher=teacher if stage.kd_weight else None,
                 telemetry=None if telemetry is None else telemetry(stage),
                 tokens_before=tokens,
-                save_at_end=position + 1 < len(own),
+                save_at_end=number != own[-1],
                 **settings,
             )
-            trainer.train(resume_from_checkpoint=str(last) if position == first and last is not None else None)
+            trainer.train(resume_from_checkpoint=str(last) if number == first and last is not None else None)
             if is_apart:
                 copy_whole(trained, model)
             model.zero_grad(set_to_none=True)
@@ -91,14 +94,14 @@ def remove_empty(work: Path) -> None:
         shutil.rmtree(work)
 
 
-def _last_checkpoint(own: list[tuple[int, Stage]], work: Path) -> tuple[int, Path | None]:
-    """Position of the stage that goes on, and its checkpoint: what the main process finds, in all processes."""
+def _last_checkpoint(own: list[int], work: Path) -> tuple[int, Path | None]:
+    """Number of the stage that goes on, and its checkpoint: what the main process finds, in all processes."""
 
     def search() -> tuple[int, Path | None]:
-        for position in reversed(range(len(own))):
-            last = last_whole_checkpoint(work / f"stage-{own[position][0]}")
+        for number in reversed(own):
+            last = last_whole_checkpoint(work / f"stage-{number}")
             if last is not None:
-                return position, last
+                return number, last
         return 0, None
 
     return from_main(search)
