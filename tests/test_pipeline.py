@@ -1,7 +1,9 @@
 """A whole run on a tiny dense model: its files, its numbers, what it refuses, and resuming after an interruption."""
 
+import errno
 import json
 import math
+import os
 import weakref
 from pathlib import Path
 
@@ -13,10 +15,12 @@ from training.tiny_run import tiny_recipe, without_time, write_model, write_text
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import bankwise
+from bankwise import pipeline
 from bankwise.config import load_recipe
-from bankwise.errors import ConfigError, DataError, ModelLoadError
+from bankwise.errors import ConfigError, DataError, ModelLoadError, TrainingError
 from bankwise.pipeline import load_data
 from bankwise.report import summary_table
+from bankwise.report.folder import read_run
 from bankwise.training import UpcyclingTrainer
 
 FILES = {
@@ -253,6 +257,15 @@ def test_controls_are_rows_of_the_summary_and_folders_of_the_run(controlled):
     assert all(0.5 < summary[name]["recall"] < 1.0 for name in ("untrained", "sparse", "post_hoc"))
 
 
+def test_lines_of_the_record_name_their_stage(controlled):
+    places = [(row["model"], row["stage"], row["step"], row["tokens"]) for row in rows(controlled.folder)]
+    assert places[:5] == [
+        ("companion", "1", 2, 128), ("companion", "1", 4, 256),
+        ("sparse", "0", 2, 128), ("sparse", "1", 2, 256), ("sparse", "1", 4, 384),
+    ]  # fmt: skip
+    assert len(read_run(controlled.folder).metrics) == len(places)
+
+
 def test_the_oracle_learns_more_than_random_routing(controlled):
     summary = controlled.summary
     assert summary["oracle_bank"]["loss"] < summary["random_predictor"]["loss"]
@@ -427,6 +440,8 @@ def test_training_does_not_overwrite_the_checkpoint_that_it_starts_from(finished
         ({"eval": {"windows": 1000, "seq_len": 64}}, DataError, "ask for fewer"),
         ({"stage": {"trains": "predictor"}}, ConfigError, "companion: false"),
         ({"stages": [], "controls": ["post_hoc"]}, ConfigError, "no stages"),
+        ({"trainer": {"optim": "adafactor"}}, ConfigError, "trainer sets optim, which"),
+        ({"trainer": {"save_step": 5}}, ConfigError, "no training argument 'save_step'"),
         ({"sparsity": {"center": "ema"}, "controls": ["oracle_bank"]}, ConfigError, "center='ema'"),
     ],
 )
@@ -505,7 +520,30 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_its_training_again
         with pytest.raises(KeyboardInterrupt):
             bankwise.run(settings, quiet=True)
     resumed = bankwise.run(settings, resume=True, quiet=True)
-    assert set(without_time(rows(resumed.folder))) == {("sparse", 2), ("sparse", 4)}
+    assert set(without_time(rows(resumed.folder))) == {("sparse", 128), ("sparse", 256)}
+    assert {path.name for path in resumed.folder.iterdir()} == FILES - {"companion"}
+
+
+@pytest.mark.parametrize("harm", ["kill", "full disk"])
+def test_a_run_that_ends_while_its_model_is_saved_trains_nothing_again(recipe, monkeypatch, harm):
+    settings = recipe(companion=False)
+    save = pipeline.save_checkpoint
+
+    def harmed(model, tokenizer, target):
+        if target.name == "checkpoint":
+            raise KeyboardInterrupt if harm == "kill" else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(model, tokenizer, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "save_checkpoint", harmed)
+        words = "checkpoint could not be written .No space left on device.; free some space there and go on"
+        with pytest.raises(
+            KeyboardInterrupt if harm == "kill" else TrainingError, match=words if harm != "kill" else ""
+        ):
+            bankwise.run(settings, quiet=True)
+    interrupt_after(monkeypatch, "sparse", passes=0)
+    resumed = bankwise.run(settings, resume=True, quiet=True)
+    assert set(without_time(rows(resumed.folder))) == {("sparse", 128), ("sparse", 256)}
     assert {path.name for path in resumed.folder.iterdir()} == FILES - {"companion"}
 
 

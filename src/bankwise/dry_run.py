@@ -248,7 +248,7 @@ def _disk(
         own = [budget for budget in stages if name in budget.step_flops]
         for budget in own:
             stage, is_last = budget.stage, budget is own[-1]
-            saved = len(_saved_steps(stage, at_end=not is_last))
+            saved = len(_saved_steps(stage, at_end=not is_last or not stage.keep_checkpoints))
             kept = min(saved, stage.keep_checkpoints or saved)
             if kept:
                 moments = 2 * _FLOAT32 * trained_parameters(model, stage).total
@@ -258,7 +258,7 @@ def _disk(
 
 
 def _saved_steps(stage: Stage, *, at_end: bool) -> set[int]:
-    """Steps after which the stage leaves a checkpoint from which it can resume."""
+    """Steps after which the stage leaves a checkpoint; those that the clock asks for are not counted."""
     every = stage.save_steps or (stage.steps if at_end else 0)
     return set(range(every, stage.steps + 1, every)) | {stage.steps} if every else set()
 
@@ -266,6 +266,8 @@ def _saved_steps(stage: Stage, *, at_end: bool) -> set[int]:
 def _writes(recipe: Recipe, models: dict[str, nn.Module], *, with_report: bool) -> list[str]:
     folder = Path(recipe.output)
     files = ["recipe.yaml", "metrics.jsonl", *(_folder_of(name) for name in models)]
+    if recipe.stages:
+        files += [*(["telemetry.jsonl"] if recipe.telemetry_steps else []), "training/"]
     if with_report:
         files += ["upcycle.json", "untrained/", "summary.json", "report.html", "report.md"]
     return [f"{folder / name}{'/' if name.endswith('/') else ''}" for name in files]

@@ -1,7 +1,7 @@
 """All stages of a training, one after the other, resumable at the stage and step where it stopped."""
 
 import copy
-import shutil
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from bankwise.config import Stage
 from bankwise.data import RowCollator
 from bankwise.processes import copy_whole, from_main, shards_models
-from bankwise.training.checkpointing import checkpoint_step, last_whole_checkpoint
+from bankwise.training.checkpointing import checkpoint_step, last_whole_checkpoint, remove_checkpoints
 from bankwise.training.optimizer import has_trainable_predictors
 from bankwise.training.rope import change_rope
 from bankwise.training.telemetry import TelemetryPlan
@@ -65,16 +65,16 @@ def train_stages(
             # FSDP and DeepSpeed take a model apart for good, so they get a copy.
             is_apart = shards_models(settings.get("arguments") or {})
             trained = copy.deepcopy(model.train()) if is_apart else model
+            named = dataclasses.replace(stage, name=stage.name or str(number))
             trainer = UpcyclingTrainer(
                 trained,
-                stage,
+                named,
                 rows(number),
                 work / f"stage-{number}",
                 collate=RowCollator(stage.packing),
                 teacher=teacher if stage.kd_weight else None,
-                telemetry=None if telemetry is None else telemetry(stage),
+                telemetry=None if telemetry is None else telemetry(named),
                 tokens_before=tokens,
-                save_at_end=number != own[-1],
                 **settings,
             )
             trainer.train(resume_from_checkpoint=str(last) if number == first and last is not None else None)
@@ -85,13 +85,17 @@ def train_stages(
     return tokens
 
 
-def remove_empty(work: Path) -> None:
-    """Remove the folders of a training that left no checkpoints."""
-    for folder in sorted(work.rglob("*"), reverse=True):
+def clear_finished(model: PreTrainedModel, stages: Sequence[Stage], work: Path) -> None:
+    """Once the trained model is on disk: remove what only served to finish its last stage, and empty folders.
+
+    Those are checkpoints that no `save_steps` asked for, unless all are to stay.
+    """
+    for number, stage in list(stages_of(model, stages))[-1:]:
+        if not stage.save_steps and stage.keep_checkpoints:
+            remove_checkpoints(work / f"stage-{number}")
+    for folder in (*sorted(work.rglob("*"), reverse=True), work, work.parent):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    if work.is_dir() and not any(work.iterdir()):
-        shutil.rmtree(work)
 
 
 def _last_checkpoint(own: list[int], work: Path) -> tuple[int, Path | None]:
