@@ -80,8 +80,10 @@ def test_disk_holds_the_kept_checkpoints_and_every_model(recipe):
 
 def test_a_rope_change_stays_for_the_stages_after_it(recipe):
     long = ["stages.0.seq_len=256", "stages.0.batch_tokens=256", "stages.0.rope={kind: theta, theta: 1.0e6}"]
-    budget = planned(recipe, *long, "stages.1.seq_len=256")
+    budget = planned(recipe, *long, "stages.1.seq_len=256", "stages.1.teacher=companion")
     assert [stage.context for stage in budget.stages] == [256, 256]
+    with pytest.raises(BankwiseError, match=r"stages.1: seq_len=256 .* context of the dense teacher, 128"):
+        planned(recipe, *long, "stages.1.seq_len=256")
 
 
 def test_the_text_names_the_stages_and_the_totals(recipe):

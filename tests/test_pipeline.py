@@ -1,7 +1,9 @@
 """A whole run on a tiny dense model: its files, its numbers, what it refuses, and resuming after an interruption."""
 
+import errno
 import json
 import math
+import os
 import weakref
 from pathlib import Path
 
@@ -10,13 +12,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from training.tiny_run import tiny_recipe, without_time, write_model, write_texts
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import bankwise
+from bankwise import pipeline
 from bankwise.config import load_recipe
-from bankwise.errors import ConfigError, DataError, ModelLoadError
+from bankwise.errors import ConfigError, DataError, ModelLoadError, TrainingError
 from bankwise.pipeline import load_data
 from bankwise.report import summary_table
+from bankwise.report.folder import read_run
 from bankwise.training import UpcyclingTrainer
 
 FILES = {
@@ -253,6 +257,15 @@ def test_controls_are_rows_of_the_summary_and_folders_of_the_run(controlled):
     assert all(0.5 < summary[name]["recall"] < 1.0 for name in ("untrained", "sparse", "post_hoc"))
 
 
+def test_lines_of_the_record_name_their_stage(controlled):
+    places = [(row["model"], row["stage"], row["step"], row["tokens"]) for row in rows(controlled.folder)]
+    assert places[:5] == [
+        ("companion", "1", 2, 128), ("companion", "1", 4, 256),
+        ("sparse", "0", 2, 128), ("sparse", "1", 2, 256), ("sparse", "1", 4, 384),
+    ]  # fmt: skip
+    assert len(read_run(controlled.folder).metrics) == len(places)
+
+
 def test_the_oracle_learns_more_than_random_routing(controlled):
     summary = controlled.summary
     assert summary["oracle_bank"]["loss"] < summary["random_predictor"]["loss"]
@@ -427,6 +440,8 @@ def test_training_does_not_overwrite_the_checkpoint_that_it_starts_from(finished
         ({"eval": {"windows": 1000, "seq_len": 64}}, DataError, "ask for fewer"),
         ({"stage": {"trains": "predictor"}}, ConfigError, "companion: false"),
         ({"stages": [], "controls": ["post_hoc"]}, ConfigError, "no stages"),
+        ({"trainer": {"optim": "adafactor"}}, ConfigError, "trainer sets optim, which"),
+        ({"trainer": {"save_step": 5}}, ConfigError, "no training argument 'save_step'"),
         ({"sparsity": {"center": "ema"}, "controls": ["oracle_bank"]}, ConfigError, "center='ema'"),
     ],
 )
@@ -505,7 +520,30 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_its_training_again
         with pytest.raises(KeyboardInterrupt):
             bankwise.run(settings, quiet=True)
     resumed = bankwise.run(settings, resume=True, quiet=True)
-    assert set(without_time(rows(resumed.folder))) == {("sparse", 2), ("sparse", 4)}
+    assert set(without_time(rows(resumed.folder))) == {("sparse", 128), ("sparse", 256)}
+    assert {path.name for path in resumed.folder.iterdir()} == FILES - {"companion"}
+
+
+@pytest.mark.parametrize("harm", ["kill", "full disk"])
+def test_a_run_that_ends_while_its_model_is_saved_trains_nothing_again(recipe, monkeypatch, harm):
+    settings = recipe(companion=False)
+    save = pipeline.save_checkpoint
+
+    def harmed(model, tokenizer, target):
+        if target.name == "checkpoint":
+            raise KeyboardInterrupt if harm == "kill" else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(model, tokenizer, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "save_checkpoint", harmed)
+        error, words = KeyboardInterrupt, None
+        if harm == "full disk":
+            error, words = TrainingError, "checkpoint could not be written .No space left on device.; free some space"
+        with pytest.raises(error, match=words):
+            bankwise.run(settings, quiet=True)
+    interrupt_after(monkeypatch, "sparse", passes=0)
+    resumed = bankwise.run(settings, resume=True, quiet=True)
+    assert set(without_time(rows(resumed.folder))) == {("sparse", 128), ("sparse", 256)}
     assert {path.name for path in resumed.folder.iterdir()} == FILES - {"companion"}
 
 
@@ -516,6 +554,40 @@ def test_resuming_a_finished_run_trains_nothing_and_measures_the_same(recipe, mo
     again = bankwise.run(settings, resume=True, quiet=True)
     for name in ("dense", "untrained", "companion", "sparse", "closed"):
         assert again.summary[name] == first.summary[name]
+
+
+def test_a_rope_change_reaches_models_that_skip_its_stage_and_models_that_are_loaded_again(recipe, monkeypatch):
+    settings = recipe(controls=["dense_narrow"])
+    (stage,) = settings["stages"]
+    stage |= {"seq_len": 256, "batch_tokens": 256, "teacher": "companion", "kd_weight": 0.5}
+    rope = {"trains": "predictor", "aux_weight": 1.0, "kd_weight": 0.0, "rope": {"kind": "theta", "theta": 5e4}}
+    settings["stages"].insert(0, stage | rope)
+    first = bankwise.run(settings, quiet=True)
+    for name in ("checkpoint", "companion", "dense_narrow"):
+        config = AutoConfig.from_pretrained(first.folder / name)
+        assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (256, 5e4)
+    interrupt_after(monkeypatch, "sparse", passes=0)
+    again = bankwise.run(settings, resume=True, quiet=True)
+    for name in ("companion", "sparse", "dense_narrow"):
+        assert again.summary[name] == first.summary[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope": {}}, r"stages.0: seq_len=256 is longer than the model's context of 128"),
+        ({"kd_weight": 1.0}, r"stages.0: .* context of the dense teacher, 128"),
+    ],
+    ids=["rows", "teacher"],
+)
+def test_rows_that_a_model_cannot_place_are_refused_before_the_conversion(recipe, finished, change, words):
+    stage = {"seq_len": 256, "batch_tokens": 256, "rope": {"kind": "theta", "theta": 5e4}} | change
+    settings = load_recipe(recipe(stage=stage))
+    with pytest.raises(ConfigError, match=words):
+        bankwise.run(settings, quiet=True)
+    with pytest.raises(ConfigError, match=words):
+        bankwise.train(settings, finished.folder / "untrained", quiet=True)
+    assert not Path(settings.output).exists()
 
 
 # train

@@ -27,7 +27,7 @@ from bankwise.training.budget import (
 )
 from bankwise.training.controls import DENSE_NARROW, control_sparsity, control_stages
 from bankwise.training.memory import Memory, Sharding, step_memory
-from bankwise.training.rope import changed_rope
+from bankwise.training.rope import changed_rope, check_rope, check_teacher
 from bankwise.upcycle.loading import load_shape
 from bankwise.upcycle.narrow import kept_channels
 
@@ -124,6 +124,8 @@ def plan_run(
         sparse, origin = load_shape(checkpoint)
         if sparsity_of(sparse) is None:
             raise ConfigError(f"{checkpoint} is a dense model; `bankwise train` goes on from a sparse checkpoint")
+        check_rope(sparse, recipe.stages)
+        check_teacher(dense, recipe.stages)
     sparsity = sparsity_of(sparse)
     assert sparsity is not None
     students = {"sparse": sparse}
@@ -246,7 +248,7 @@ def _disk(
         own = [budget for budget in stages if name in budget.step_flops]
         for budget in own:
             stage, is_last = budget.stage, budget is own[-1]
-            saved = len(_saved_steps(stage, at_end=not is_last))
+            saved = len(_saved_steps(stage, at_end=not is_last or not stage.keep_checkpoints))
             kept = min(saved, stage.keep_checkpoints or saved)
             if kept:
                 moments = 2 * _FLOAT32 * trained_parameters(model, stage).total
@@ -256,7 +258,7 @@ def _disk(
 
 
 def _saved_steps(stage: Stage, *, at_end: bool) -> set[int]:
-    """Steps after which the stage leaves a checkpoint from which it can resume."""
+    """Steps after which the stage leaves a checkpoint; those that the clock asks for are not counted."""
     every = stage.save_steps or (stage.steps if at_end else 0)
     return set(range(every, stage.steps + 1, every)) | {stage.steps} if every else set()
 
@@ -264,6 +266,8 @@ def _saved_steps(stage: Stage, *, at_end: bool) -> set[int]:
 def _writes(recipe: Recipe, models: dict[str, nn.Module], *, with_report: bool) -> list[str]:
     folder = Path(recipe.output)
     files = ["recipe.yaml", "metrics.jsonl", *(_folder_of(name) for name in models)]
+    if recipe.stages:
+        files += [*(["telemetry.jsonl"] if recipe.telemetry_steps else []), "training/"]
     if with_report:
         files += ["upcycle.json", "untrained/", "summary.json", "report.html", "report.md"]
     return [f"{folder / name}{'/' if name.endswith('/') else ''}" for name in files]

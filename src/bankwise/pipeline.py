@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bankwise.config import Recipe, Stage, dump_recipe, load_plan, load_recipe
 from bankwise.data import TrainingRows, held_out_windows, mixed_windows, probe_windows, training_rows
-from bankwise.errors import ConfigError
+from bankwise.errors import ConfigError, TrainingError
 from bankwise.evaluation.evaluator import check_models
 from bankwise.evaluation.perplexity import active_fraction, perplexity_and_recall
 from bankwise.evaluation_report import plan_values, report_models, run_models
@@ -37,11 +38,14 @@ from bankwise.processes import from_main, is_main, join_processes, main_first, w
 from bankwise.provenance import environment
 from bankwise.report import write_report
 from bankwise.training import COMPANION, train_stages, trained_tokens
+from bankwise.training.checkpointing import write_failure
 from bankwise.training.controls import DENSE_NARROW, check_controls, control_model, control_stages
+from bankwise.training.rope import change_rope, check_rope, check_teacher
 from bankwise.training.sharding import check_launch
-from bankwise.training.stages import remove_empty
+from bankwise.training.stages import clear_finished
 from bankwise.training.telemetry import TelemetryPlan, probe_size
 from bankwise.training.trackers import check_trackers
+from bankwise.training.trainer import check_arguments
 from bankwise.upcycle import convert, load_dense
 from bankwise.upcycle.loading import LoadedDense
 
@@ -198,9 +202,12 @@ def train(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)
+    check_rope(model.config, recipe.stages)
     has_teacher = any(stage.kd_weight for stage in recipe.stages)
     with main_first():
         teacher = load_dense(recipe.model, tokenizer=False).model if has_teacher else None
+    if teacher is not None:
+        check_teacher(teacher.config, recipe.stages)
     data = load_data(recipe, tokenizer, progress=not quiet)
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     train_model(recipe, model, data, folder, "sparse", tokenizer, teacher=teacher, resume=resume, quiet=quiet)
@@ -210,7 +217,7 @@ def train(
 def check_run(recipe: Recipe) -> None:
     """Refuse a recipe that `run` could not go through with, whatever the model."""
     check_controls(recipe)
-    check_trackers(recipe.trainer.get("report_to", recipe.report_to))
+    _check_trainer(recipe)
 
 
 def check_train(recipe: Recipe) -> None:
@@ -219,7 +226,13 @@ def check_train(recipe: Recipe) -> None:
         raise ConfigError("the recipe has no stages, so there is nothing to train")
     if any(stage.kd_weight and stage.teacher == "companion" for stage in recipe.stages):
         raise ConfigError("teacher='companion' needs a companion: use `bankwise run`, or teacher='dense'")
+    _check_trainer(recipe)
+
+
+def _check_trainer(recipe: Recipe) -> None:
     check_trackers(recipe.trainer.get("report_to", recipe.report_to))
+    for stage in recipe.stages[:1]:  # the names are those of every stage
+        check_arguments(recipe.trainer, stage)
 
 
 def check_processes(recipe: Recipe) -> None:
@@ -279,6 +292,8 @@ def check_model(recipe: Recipe, config: Any) -> None:
         raise ConfigError(
             f"eval.seq_len={recipe.eval.seq_len} is longer than the model's context of {context}; use {context} or less"
         )
+    check_rope(config, recipe.stages)
+    check_teacher(config, recipe.stages)
 
 
 def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -381,13 +396,17 @@ def train_model(
     target = folder / ("checkpoint" if name == "sparse" else name)
     stages = control_stages(name, recipe.stages)
     is_dense = name in (COMPANION, DENSE_NARROW)
+    work = folder / "training" / name
     if resume and (target / "config.json").is_file():
         finished = load_dense(target, tokenizer=False).model if is_dense else load_checkpoint(target)[0]
         model.load_state_dict(finished.state_dict())
+        for stage in stages:
+            change_rope(model, stage.rope, stage.seq_len)
+        if is_main():  # a kill may have come right after the model was in place
+            clear_finished(model, stages, work)
         return trained_tokens(model, stages)
     if is_dense:
         use_chunked_loss(model)
-    work = folder / "training" / name
     tokens = train_stages(
         model,
         stages,
@@ -403,8 +422,14 @@ def train_model(
         quiet=quiet,
     )
     if is_main():
-        save_checkpoint(model, tokenizer, target)
-        remove_empty(work.parent)
+        try:
+            save_checkpoint(model, tokenizer, target)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"{target} could not be written ({write_failure(error)}); free some space there and go on with "
+                "--resume (resume=True), which trains nothing again"
+            ) from error
+        clear_finished(model, stages, work)
     wait_for_all()
     return tokens
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from training.tiny_run import TokenWindows
 from transformers import PreTrainedModel, TrainerCallback
 
 from bankwise.config import CalibrationConfig, SparsityConfig, Stage
 from bankwise.models.modeling import use_chunked_loss
-from bankwise.training import TokenWindows, UpcyclingTrainer
+from bankwise.training import UpcyclingTrainer
 from bankwise.training.telemetry import TelemetryPlan
 from bankwise.upcycle import convert
 

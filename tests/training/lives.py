@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from training.tiny_run import TokenWindows
 from transformers import AutoModelForCausalLM
 
 from bankwise import files
 from bankwise.config import Stage
 from bankwise.errors import Interrupted
 from bankwise.models.checkpoint import save_checkpoint
-from bankwise.training import TokenWindows, UpcyclingTrainer, train_stages, trainer
+from bankwise.training import UpcyclingTrainer, train_stages, trainer
 
 STEPS = 6
 _STAGE = {

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch.distributed.fsdp import fully_shard
+from training.tiny_run import TokenWindows
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from bankwise.config import CalibrationConfig, SparsityConfig, Stage
-from bankwise.training import TokenWindows, UpcyclingTrainer, telemetry
+from bankwise.training import UpcyclingTrainer, telemetry
 from bankwise.training.probe import RoutingProbe
 from bankwise.training.telemetry import TelemetryPlan
 from bankwise.upcycle import convert

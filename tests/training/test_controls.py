@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.tiny_run import weights
+from training.tiny_run import TokenWindows, weights
 from transformers import AutoModelForCausalLM
 
 from bankwise.config import Recipe, SparsityConfig, Stage
@@ -24,7 +24,6 @@ from bankwise.training.controls import (
     randomise_predictor,
     set_sparsity,
 )
-from bankwise.training.trainer import TokenWindows
 
 SELECTED = ["random_fixed", "random_per_token", "oracle_bank", "oracle_global"]
 SPARSE = ["random_predictor", *SELECTED, "detached", "post_hoc"]

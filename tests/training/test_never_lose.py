@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from bankwise.errors import Interrupted, TrainingError
 from bankwise.models.checkpoint import save_checkpoint
 from bankwise.signals import StopRequest, end_at_once
-from bankwise.training import UpcyclingTrainer
+from bankwise.training import UpcyclingTrainer, checkpointing
 from bankwise.training.checkpointing import MANIFEST, last_whole_checkpoint, trim_record, whole_checkpoints
 
 
@@ -352,6 +352,16 @@ def test_a_run_with_damaged_checkpoints_goes_back_and_ends_the_same(folder, whol
     ]  # fmt: skip
     assert record(folder) == record(whole[0])
     assert last_whole_checkpoint(work / "stage-0") == work / "stage-0" / "checkpoint-6"
+
+
+def test_without_save_steps_the_clock_asks_for_checkpoints(folder, whole, monkeypatch):
+    train(folder, save_steps=0)
+    assert names(folder, 0) == names(folder, 1) == ["checkpoint-6"]
+    assert record(folder) == record(whole[0])
+    monkeypatch.setattr(checkpointing, "LONGEST_UNSAVED_S", 0.0)
+    shutil.rmtree(folder / "work")
+    train(folder, save_steps=0)
+    assert names(folder, 0) == names(folder, 1) == ["checkpoint-5", "checkpoint-6"]
 
 
 def test_one_checkpoint_can_be_all_that_is_kept(folder):

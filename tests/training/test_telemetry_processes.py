@@ -24,7 +24,8 @@ def two(tmp_path_factory) -> Path:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    paths = [str(Path(telemetry.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    own = (Path(telemetry.__file__).parents[2], Path(telemetry_worker.__file__).parents[1])
+    paths = [*map(str, own), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *command, telemetry_worker.__file__, str(folder)],

@@ -114,6 +114,17 @@ def test_recomputed_activations_change_nothing(sparse, windows, training):
     assert all(torch.equal(value, after[name]) for name, value in weights(recomputed.model).items())
 
 
+def test_a_stage_recomputes_only_where_it_asks_for_it(sparse, windows, training):
+    model, asked = sparse(), {}
+    for checkpointing in (True, True, False):
+        training(model, windows(), tokens=32, gradient_checkpointing=checkpointing).run()
+        hooks = len(model.get_input_embeddings()._forward_hooks)
+        asked.setdefault(checkpointing, []).append(
+            (any(layer.gradient_checkpointing for layer in model.model.layers), hooks)
+        )
+    assert asked == {True: [(True, 1), (True, 1)], False: [(False, 0)]}
+
+
 def test_chunks_of_the_loss_change_nothing_but_rounding(sparse, windows, training):
     whole, chunked = (
         training(sparse(), windows(), tokens=4 * 32, lr=1e-3, loss_chunk=chunk).run() for chunk in (512, 5)

@@ -5,9 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WORDS = "we the people of this union hold that peace and trade make citizens free while war does not".split()  # noqa: SIM905
+
+
+class TokenWindows(Dataset):
+    """Windows [n, length] of token ids in a fixed order; labels are the tokens themselves."""
+
+    def __init__(self, windows: torch.Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
 
 
 def write_model(folder: Path, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -55,5 +69,5 @@ def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def without_time(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Lines of metrics.jsonl by model and step; a step that was repeated after a resume counts as the later one."""
-    return {(row["model"], row["step"]): {key: value for key, value in row.items() if key != "seconds"} for row in rows}
+    """Lines of metrics.jsonl by model and tokens; a step that was repeated after a resume counts as the later one."""
+    return {(row["model"], row["tokens"]): {name: row[name] for name in row if name != "seconds"} for row in rows}

@@ -18,12 +18,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
+from training.tiny_run import TokenWindows
 from transformers import AutoModelForCausalLM
 
 from bankwise.config import Stage
 from bankwise.models.modeling import use_chunked_loss
 from bankwise.processes import is_main, join_processes, wait_for_all
-from bankwise.training import TokenWindows, train_stages
+from bankwise.training import train_stages
 
 ROW, ROWS = 16, 64
 STAGE: dict[str, Any] = {

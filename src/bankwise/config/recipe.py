@@ -153,8 +153,8 @@ class Recipe:
     """Trackers beside metrics.jsonl and telemetry.jsonl, as in transformers: tensorboard, wandb, trackio ..."""
 
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Further settings of transformers' `TrainingArguments`, for example `deepspeed: zero2.json`, `optim: adafactor`
-    or `torch_compile: true`. What the recipe sets itself is refused here."""
+    """Further settings of transformers' `TrainingArguments`, for example `deepspeed: zero2.json`,
+    `dataloader_num_workers: 4` or `torch_compile: true`. What the recipe and its stages decide is refused here."""
 
     def __post_init__(self) -> None:
         if not self.data:

@@ -141,7 +141,8 @@ class Stage:
     """Tokens whose logits exist at one time."""
 
     save_steps: int = 0
-    """Steps between checkpoints from which the stage can resume. 0: only at the end of the stage."""
+    """Steps between checkpoints from which the stage can resume, beside the one at its end. 0: one every half hour;
+    those of the last stage are removed once its model is on disk, unless all stay."""
 
     keep_checkpoints: int = 2
     """Whole checkpoints of the stage that stay on disk, the newest ones. 0: all."""

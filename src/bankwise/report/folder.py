@@ -29,7 +29,7 @@ class RunFolder:
     """`summary.json`."""
 
     metrics: list[dict[str, Any]]
-    """`metrics.jsonl`, the last line of each (model, step), by tokens."""
+    """`metrics.jsonl`, the last line of each (model, tokens), by tokens."""
 
     held_out: list[dict[str, Any]]
     """`held_out.jsonl`, the last line of each (model, tokens), by tokens; empty where the file is missing."""
@@ -75,10 +75,10 @@ def read_run(folder: Path) -> RunFolder:
             "report is written, because nobody could reproduce it"
         )
     is_trained = any(summary.get(model) for model in TRAINED)
-    metrics = _read_lines(folder / "metrics.jsonl", key="step", numbers=("ce", "tokens", "step"), required=is_trained)
-    held_out = _read_lines(folder / "held_out.jsonl", key="tokens", numbers=("tokens", "loss"), required=False)
+    metrics = _read_lines(folder / "metrics.jsonl", numbers=("ce", "tokens", "step"), required=is_trained)
+    held_out = _read_lines(folder / "held_out.jsonl", numbers=("tokens", "loss"), required=False)
     telemetry = _read_lines(
-        folder / "telemetry.jsonl", key="tokens", numbers=("tokens", "step"), required=False, without="warning"
+        folder / "telemetry.jsonl", numbers=("tokens", "step"), required=False, without="warning"
     )  # fmt: skip
     recipe = _read_text(folder / "recipe.yaml")
     return RunFolder(summary=summary, metrics=metrics, held_out=held_out, telemetry=telemetry, recipe=recipe)
@@ -142,10 +142,8 @@ def _read_json(path: Path) -> Any:
         raise DataError(f"{path} is not valid JSON: {error}") from error
 
 
-def _read_lines(
-    path: Path, *, key: str, numbers: tuple[str, ...], required: bool, without: str = ""
-) -> list[dict[str, Any]]:
-    """The last line of each (model, `key`), by tokens; lines that have the field `without` are left out."""
+def _read_lines(path: Path, *, numbers: tuple[str, ...], required: bool, without: str = "") -> list[dict[str, Any]]:
+    """The last line of each (model, tokens), by tokens; lines that have the field `without` are left out."""
     if not required and not path.exists():
         return []
     kept: dict[tuple[str, float], dict[str, Any]] = {}
@@ -160,5 +158,5 @@ def _read_lines(
         if without and without in line:
             continue
         # A resumed run may log a step twice; the later line is the one that the checkpoint went on from.
-        kept[str(line.get("model")), line[key]] = line
+        kept[str(line.get("model")), line["tokens"]] = line
     return sorted(kept.values(), key=lambda line: line["tokens"])

@@ -2,11 +2,10 @@
 
 from bankwise.training.optimizer import parameter_groups, select_trained
 from bankwise.training.stages import train_stages, trained_tokens
-from bankwise.training.trainer import COMPANION, TokenWindows, UpcyclingTrainer
+from bankwise.training.trainer import COMPANION, UpcyclingTrainer
 
 __all__ = [
     "COMPANION",
-    "TokenWindows",
     "UpcyclingTrainer",
     "parameter_groups",
     "select_trained",

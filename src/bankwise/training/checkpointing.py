@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +19,14 @@ from typing import Any
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bankwise.errors import TrainingError
 from bankwise.files import file_sha256, put_folder, remove_folder, write_json, write_text
+from bankwise.processes import from_main
+
+LONGEST_UNSAVED_S = 1800.0
+"""Most seconds of training that a kill takes away from a stage without `save_steps`."""
 
 MANIFEST = "manifest.json"
 _OWN_STATE = "own_state.json"
@@ -108,6 +113,21 @@ class CheckpointingTrainer(Trainer):
             if reason is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise
         return next((reason for reason in gather_object([reason]) if reason is not None), None)
+
+
+class SaveInTime(TrainerCallback):
+    """Asks for a checkpoint as soon as the last one, or the start of the training, is `LONGEST_UNSAVED_S` ago."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.saved = time.monotonic()
+
+    on_save = on_train_begin
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if from_main(lambda: time.monotonic() - self.saved > LONGEST_UNSAVED_S):
+            control.should_save = True
 
 
 def write_failure(error: Exception) -> str | None:
@@ -198,6 +218,12 @@ def remove_old_checkpoints(folder: Path, keep: int) -> list[Path]:
     for checkpoint in old:
         remove_folder(checkpoint)
     return old
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete all checkpoints of a stage, damaged ones too."""
+    for checkpoint in _checkpoints(folder):
+        remove_folder(checkpoint)
 
 
 def trim_record(file: Path, model: str, tokens: int) -> None:

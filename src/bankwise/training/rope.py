@@ -1,11 +1,13 @@
 """Changes of the rotary position embedding between stages."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from bankwise.config import RopeChange
+from bankwise.config import RopeChange, Stage
 from bankwise.errors import ConfigError
 
 
@@ -40,6 +42,29 @@ def changed_rope(config: Any, change: RopeChange, seq_len: int) -> dict[str, Any
             "original_max_position_embeddings": original, "beta_fast": change.beta_fast, "beta_slow": change.beta_slow
         }  # fmt: skip
     return {"rope_parameters": rope, "max_position_embeddings": max(context, reach)}
+
+
+def check_rope(config: Any, stages: Sequence[Stage]) -> None:
+    """Raise `ConfigError`, with the number of the stage, where a model of `config` could not place a stage's rows."""
+    config = copy.deepcopy(config)
+    for number, stage in enumerate(stages):
+        try:
+            changes = changed_rope(config, stage.rope, stage.seq_len)
+        except ConfigError as error:
+            raise ConfigError(f"stages.{number}: {error}") from error
+        for name, value in changes.items():
+            setattr(config, name, value)
+
+
+def check_teacher(config: Any, stages: Sequence[Stage]) -> None:
+    """Raise `ConfigError` where a stage's rows are longer than what the dense teacher, which stays as it is, reads."""
+    context = int(config.max_position_embeddings)
+    for number, stage in enumerate(stages):
+        if stage.kd_weight and stage.teacher == "dense" and stage.seq_len > context:
+            raise ConfigError(
+                f"stages.{number}: seq_len={stage.seq_len} is longer than the context of the dense teacher, {context}, "
+                "which no rope change reaches; use teacher='companion', kd_weight=0 or a shorter seq_len"
+            )
 
 
 def change_rope(model: PreTrainedModel, change: RopeChange, seq_len: int) -> None:

@@ -1,7 +1,7 @@
 """All stages of a training, one after the other, resumable at the stage and step where it stopped."""
 
 import copy
-import shutil
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from bankwise.config import Stage
 from bankwise.data import RowCollator
 from bankwise.processes import copy_whole, from_main, shards_models
-from bankwise.training.checkpointing import checkpoint_step, last_whole_checkpoint
+from bankwise.training.checkpointing import checkpoint_step, last_whole_checkpoint, remove_checkpoints
 from bankwise.training.optimizer import has_trainable_predictors
 from bankwise.training.rope import change_rope
 from bankwise.training.telemetry import TelemetryPlan
@@ -48,13 +48,16 @@ def train_stages(
     of stage i, `telemetry(stage)` says how its routing is read, and `settings` go to `UpcyclingTrainer`. Checkpoints go
     to `work/stage-i`; with `resume` the training goes on from the last whole one.
     """
-    own = list(stages_of(model, stages))
+    own = [number for number, _ in stages_of(model, stages)]
     first, last = _last_checkpoint(own, work) if resume else (0, None)
     tokens = 0
-    for position, (number, stage) in enumerate(own):
+    for number, stage in enumerate(stages):
+        # Of a stage that the model skips too: it stays for the stages after it.
         change_rope(model, stage.rope, stage.seq_len)
-        is_done = position < first or (position == first and last is not None and checkpoint_step(last) == stage.steps)
-        if is_done and position == first:
+        if number not in own:
+            continue
+        is_done = number < first or (number == first and last is not None and checkpoint_step(last) == stage.steps)
+        if is_done and number == first:
             assert last is not None
             finished = AutoModelForCausalLM.from_pretrained(last, dtype=model.dtype)
             model.load_state_dict(finished.state_dict())
@@ -62,19 +65,19 @@ def train_stages(
             # FSDP and DeepSpeed take a model apart for good, so they get a copy.
             is_apart = shards_models(settings.get("arguments") or {})
             trained = copy.deepcopy(model.train()) if is_apart else model
+            named = dataclasses.replace(stage, name=stage.name or str(number))
             trainer = UpcyclingTrainer(
                 trained,
-                stage,
+                named,
                 rows(number),
                 work / f"stage-{number}",
                 collate=RowCollator(stage.packing),
                 teacher=teacher if stage.kd_weight else None,
-                telemetry=None if telemetry is None else telemetry(stage),
+                telemetry=None if telemetry is None else telemetry(named),
                 tokens_before=tokens,
-                save_at_end=position + 1 < len(own),
                 **settings,
             )
-            trainer.train(resume_from_checkpoint=str(last) if position == first and last is not None else None)
+            trainer.train(resume_from_checkpoint=str(last) if number == first and last is not None else None)
             if is_apart:
                 copy_whole(trained, model)
             model.zero_grad(set_to_none=True)
@@ -82,23 +85,27 @@ def train_stages(
     return tokens
 
 
-def remove_empty(work: Path) -> None:
-    """Remove the folders of a training that left no checkpoints."""
-    for folder in sorted(work.rglob("*"), reverse=True):
+def clear_finished(model: PreTrainedModel, stages: Sequence[Stage], work: Path) -> None:
+    """Once the trained model is on disk: remove what only served to finish its last stage, and empty folders.
+
+    Those are checkpoints that no `save_steps` asked for, unless all are to stay.
+    """
+    for number, stage in list(stages_of(model, stages))[-1:]:
+        if not stage.save_steps and stage.keep_checkpoints:
+            remove_checkpoints(work / f"stage-{number}")
+    for folder in (*sorted(work.rglob("*"), reverse=True), work, work.parent):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    if work.is_dir() and not any(work.iterdir()):
-        shutil.rmtree(work)
 
 
-def _last_checkpoint(own: list[tuple[int, Stage]], work: Path) -> tuple[int, Path | None]:
-    """Position of the stage that goes on, and its checkpoint: what the main process finds, in all processes."""
+def _last_checkpoint(own: list[int], work: Path) -> tuple[int, Path | None]:
+    """Number of the stage that goes on, and its checkpoint: what the main process finds, in all processes."""
 
     def search() -> tuple[int, Path | None]:
-        for position in reversed(range(len(own))):
-            last = last_whole_checkpoint(work / f"stage-{own[position][0]}")
+        for number in reversed(own):
+            last = last_whole_checkpoint(work / f"stage-{number}")
             if last is not None:
-                return position, last
+                return number, last
         return 0, None
 
     return from_main(search)

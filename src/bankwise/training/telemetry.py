@@ -165,7 +165,7 @@ class Telemetry(TrainerCallback):
             self._write({"warning": warned.sign, "message": warned.message, **self._place(line["step"])})
             if warned.stops:
                 raise TrainingError(
-                    f"training of the {self.trainer.name} model stopped at step {line['step']} of {self.stage.steps}: "
+                    f"training of the {self.trainer.name} model stopped at {self.trainer.place(line['step'])}: "
                     f"{warned.message}"
                 )
             if self.trainer.is_world_process_zero():

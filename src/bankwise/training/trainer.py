@@ -3,6 +3,7 @@
 Everything else (accumulation, mixed precision, resume, processes) is the Trainer's own.
 """
 
+import dataclasses
 import signal
 import time
 from collections.abc import Callable, Sized
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
@@ -26,6 +28,7 @@ from bankwise.models.document_attention import check_document_attention, documen
 from bankwise.processes import join_processes
 from bankwise.training.checkpointing import (
     CheckpointingTrainer,
+    SaveInTime,
     append_line,
     checkpoint_step,
     last_whole_checkpoint,
@@ -44,17 +47,11 @@ COMPANION = "companion"
 """Name of the training whose model is the dense companion."""
 
 
-class TokenWindows(Dataset):
-    """Windows [n, length] of token ids in a fixed order; labels are the tokens themselves."""
-
-    def __init__(self, windows: Tensor) -> None:
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+_WITHOUT_EFFECT = {
+    "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "num_train_epochs",
+    "label_smoothing_factor", "gradient_checkpointing", "activation_checkpointing",
+}  # fmt: skip
+"""Arguments of transformers in whose place the trainer has its own optimiser, loss and fields of a stage."""
 
 
 class UpcyclingTrainer(CheckpointingTrainer):
@@ -77,7 +74,6 @@ class UpcyclingTrainer(CheckpointingTrainer):
         metrics_file: Path | None = None,
         telemetry: TelemetryPlan | None = None,
         tokens_before: int = 0,
-        save_at_end: bool = False,
         arguments: dict[str, Any] | None = None,
         quiet: bool = False,
     ) -> None:
@@ -87,8 +83,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
         for attending in self.attending:
             check_document_attention(attending)
         select_trained(model, stage)
-        if stage.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+        _recompute_activations(model, stage.gradient_checkpointing)
         self.stage = stage
         self.keep_checkpoints = stage.keep_checkpoints
         self.stop = StopAtSignal()
@@ -101,32 +96,13 @@ class UpcyclingTrainer(CheckpointingTrainer):
         self.parts: list[dict[str, float]] = []
         self.routing: dict[str, list[float]] = {}
         self.record: RoutingRecord | None = None
-        own: dict[str, Any] = {
-            "output_dir": str(output),
-            "per_device_train_batch_size": stage.micro_batch,
-            "gradient_accumulation_steps": stage.accumulation(join_processes()),
-            "max_steps": stage.steps,
-            "learning_rate": stage.lr,
-            "max_grad_norm": stage.max_grad_norm,
-            "bf16": stage.bf16,
-            "save_strategy": "steps" if stage.save_steps or save_at_end else "no",
-            "save_steps": stage.save_steps or stage.steps,
-            "save_total_limit": None,
-            "logging_steps": stage.log_steps,
-            "logging_nan_inf_filter": False,
-            "seed": seed,
-            "use_cpu": not torch.cuda.is_available(),
-            "disable_tqdm": True,
-            "remove_unused_columns": False,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-        } | scheduler_arguments(stage)
-        refused = sorted(own.keys() & (arguments or {}).keys())
-        if refused:
-            raise ConfigError(f"trainer sets {', '.join(refused)}, which the recipe and its stages set; remove it")
+        check_arguments(arguments or {}, stage)
         # Whether a parameter gets a gradient changes from step to step: predictors, where a schedule switches a loss.
         defaults: dict[str, Any] = {"report_to": [], "ddp_find_unused_parameters": True}
         try:
-            training_arguments = TrainingArguments(**own, **defaults | (arguments or {}))
+            training_arguments = TrainingArguments(
+                **_own_arguments(stage, output, seed), **defaults | (arguments or {})
+            )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"trainer={arguments} is not accepted by TrainingArguments: {error}") from error
         self.rows: Sized = rows  # type: ignore[assignment]  # map-style: Dataset has no __len__ in its type
@@ -153,6 +129,8 @@ class UpcyclingTrainer(CheckpointingTrainer):
             self.telemetry = Telemetry(self, sparse_layers(model), telemetry)
             self.add_callback(self.telemetry)
         self.add_callback(_LogAtTheEnd(stage))
+        if not stage.save_steps:
+            self.add_callback(SaveInTime())
         self.add_callback(self.stop)
         if not quiet:
             self.add_callback(PrintProgress(name if not stage.name else f"{name} {stage.name}"))
@@ -239,9 +217,11 @@ class UpcyclingTrainer(CheckpointingTrainer):
             return model(**inputs, **settings, use_cache=False, **distill)
 
     def _where(self) -> str:
-        return (
-            f"training of the {self.name} model stopped at step {self.state.global_step + 1} of {self.state.max_steps}"
-        )
+        return f"training of the {self.name} model stopped at {self.place(self.state.global_step + 1)}"
+
+    def place(self, step: int) -> str:
+        """A step in words, with the stage where it has a name."""
+        return f"step {step} of {self.stage.steps}" + (f" of stage {self.stage.name}" if self.stage.name else "")
 
     def _last_good(self) -> str:
         saved = whole_checkpoints(Path(str(self.args.output_dir)))
@@ -337,11 +317,52 @@ class UpcyclingTrainer(CheckpointingTrainer):
                 self._save_checkpoint(self.model_wrapped, None)
         if self.stop.signum:
             raise Interrupted(
-                f"{signal.Signals(self.stop.signum).name} stopped the training of the {self.name} model after step "
-                f"{self.state.global_step} of {self.state.max_steps}; its checkpoint is in {self.args.output_dir}",
+                f"{signal.Signals(self.stop.signum).name} stopped the training of the {self.name} model after "
+                f"{self.place(self.state.global_step)}; its checkpoint is in {self.args.output_dir}",
                 self.stop.signum,
             )
         return result
+
+
+def check_arguments(arguments: dict[str, Any], stage: Stage) -> None:
+    """Refuse further `TrainingArguments` of a recipe that do not exist, or that the recipe and its stages decide."""
+    unknown = sorted(arguments.keys() - {each.name for each in dataclasses.fields(TrainingArguments)})
+    if unknown:
+        raise ConfigError(f"trainer: transformers {transformers.__version__} has no training argument {unknown[0]!r}")
+    refused = sorted(arguments.keys() & (_WITHOUT_EFFECT | _own_arguments(stage, Path(), 0).keys()))
+    if refused:
+        raise ConfigError(f"trainer sets {', '.join(refused)}, which the recipe and its stages set; remove it")
+
+
+def _own_arguments(stage: Stage, output: Path, seed: int) -> dict[str, Any]:
+    return {
+        "output_dir": str(output),
+        "per_device_train_batch_size": stage.micro_batch,
+        "gradient_accumulation_steps": stage.accumulation(join_processes()),
+        "max_steps": stage.steps,
+        "learning_rate": stage.lr,
+        "max_grad_norm": stage.max_grad_norm,
+        "bf16": stage.bf16,
+        "save_strategy": "steps",
+        "save_steps": stage.save_steps or stage.steps,
+        "save_total_limit": None,
+        "logging_steps": stage.log_steps,
+        "logging_nan_inf_filter": False,
+        "seed": seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    } | scheduler_arguments(stage)
+
+
+def _recompute_activations(model: PreTrainedModel, is_wanted: bool) -> None:
+    # The stage before may have left it on, and hooks at the embedding, which would add up.
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        model.gradient_checkpointing_disable()
+        model.disable_input_require_grads()
+    if is_wanted:
+        model.gradient_checkpointing_enable()
 
 
 def _is_logged(stage: Stage, step: int) -> bool:
