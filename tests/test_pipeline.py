@@ -213,7 +213,14 @@ def test_only_the_predictors_change_where_only_they_train(recipe):
 def test_a_run_prints_its_progress_unless_quiet(recipe, capsys):
     bankwise.run(recipe())
     out = capsys.readouterr().out
-    for words in ("loading", "upcycling dense", "retained energy", "companion  step 2/4", "sparse  step 4/4", "aux"):
+    for words in (
+        "loading",
+        "upcycling dense",
+        "retained energy",
+        "companion, stage 0  step 2/4",
+        "sparse, stage 0  step 4/4",
+        "aux",
+    ):
         assert words in out
     bankwise.run(recipe(), overwrite=True, quiet=True)
     assert capsys.readouterr().out == ""

@@ -133,7 +133,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
             self.add_callback(SaveInTime())
         self.add_callback(self.stop)
         if not quiet:
-            self.add_callback(PrintProgress(name if not stage.name else f"{name} {stage.name}"))
+            self.add_callback(PrintProgress(f"{name}, stage {stage.name}" if stage.name else name))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         # The data module has shuffled already; a fixed order is what the companion and a resumed run share.
