@@ -104,7 +104,7 @@ def test_upcycle_takes_its_settings_from_a_recipe(recipe, model, tmp_path, capsy
 def test_train_writes_a_checkpoint(recipe, sparse, tmp_path, capsys):
     assert main(["train", str(recipe), str(sparse), "stages.0.tokens=128"]) == 0
     out = capsys.readouterr().out
-    assert "sparse  step 2/2" in out
+    assert "sparse, stage 0  step 2/2" in out
     assert f"checkpoint  {tmp_path / 'run' / 'checkpoint'}" in out
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").is_file()
 
@@ -340,7 +340,7 @@ def test_sigterm_in_the_training_saves_and_the_printed_command_goes_on(recipe, c
         # One pass makes a step: a signal in each of two would be a second one, which ends it at once.
         assert main(["run", "--quiet", "--overwrite", str(recipe), "stages.0.micro_batch=2"]) == 143
     err = capfd.readouterr().err.splitlines()[-1]
-    assert err.startswith("bankwise: SIGTERM stopped the training of the sparse model after step 2 of 4; its checkp")
+    assert err.startswith("bankwise: SIGTERM stopped the training of the sparse model after step 2 of 4 of stage 0; its checkp")
     command = err.partition("go on with: bankwise ")[2].split()
     assert command == ["run", "--quiet", str(recipe), "stages.0.micro_batch=2", "--resume"]
     assert main(command) == 0
