@@ -340,7 +340,7 @@ def test_sigterm_in_the_training_saves_and_the_printed_command_goes_on(recipe, c
         # One pass makes a step: a signal in each of two would be a second one, which ends it at once.
         assert main(["run", "--quiet", "--overwrite", str(recipe), "stages.0.micro_batch=2"]) == 143
     err = capfd.readouterr().err.splitlines()[-1]
-    assert err.startswith("bankwise: SIGTERM stopped the training of the sparse model after step 2 of 4 of stage 0; its")
+    assert err.startswith("bankwise: SIGTERM stopped the training of the sparse model after step 2 of 4 of stage 0;")
     command = err.partition("go on with: bankwise ")[2].split()
     assert command == ["run", "--quiet", str(recipe), "stages.0.micro_batch=2", "--resume"]
     assert main(command) == 0
