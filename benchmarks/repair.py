@@ -10,7 +10,6 @@ choice of channels cannot mend. `regained` is measured on rows that neither scan
 
 import argparse
 import copy
-import csv
 import hashlib
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 import bankwise
+from bankwise.bench.results import write_rows
 from bankwise.cache import cache_folder
 from bankwise.config import DataSource
 from bankwise.config.evaluation import CwePlan, EvaluationPlan, PerplexityPlan
@@ -170,10 +170,7 @@ def main() -> int:
             print("  ".join(f"{key}={value}" for key, value in row.items() if value not in ("", None)), flush=True)
     print(summary(rows, options.trials))
     if options.csv:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(rows, options.csv, FIELDS)
     return 0
 
 

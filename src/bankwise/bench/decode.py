@@ -15,6 +15,7 @@ from bankwise.bench.results import BenchResult, stamped, timed_row
 from bankwise.bench.shapes import Shape, random_model
 from bankwise.bench.timing import Step, interleave, quantiles
 from bankwise.config import SparsityConfig
+from bankwise.config.sparsity import PredictorForm
 from bankwise.inference.decoding import Weights, prepare
 
 CONTEXT = 64
@@ -30,12 +31,12 @@ def bench_decode(
     *,
     dtype: torch.dtype = torch.bfloat16,
     pairs: int = 8,
-    form: str = "gated_product",
+    form: PredictorForm = "gated_product",
     weights: Weights = "as_is",
     idle_only: bool = False,
 ) -> list[BenchResult]:
     """Milliseconds per token of the sparse model, prepared as `bankwise generate` prepares it."""
-    sparsity = SparsityConfig(predictor_rank=shape.rank, predictor_form=form)  # type: ignore[arg-type]
+    sparsity = shape.sparsity(form)
     sparse = random_model(shape, dtype, sparsity)
     fields: dict[str, Any] = {
         "bench": "decode", "tokens": 1, "D": shape.hidden, "F": shape.ffn, "R": shape.rank, "dtype": str(dtype)[6:],

@@ -16,7 +16,7 @@ from torch import Tensor
 from bankwise.bench.results import BenchResult, stamped, timed_row
 from bankwise.bench.shapes import Shape
 from bankwise.bench.timing import Step, interleave
-from bankwise.config import SparsityConfig
+from bankwise.config.sparsity import PredictorForm
 from bankwise.ffn.layer import SparseSwiGLU
 from bankwise.kernels import dispatch
 from bankwise.kernels.cpu import library
@@ -30,14 +30,14 @@ def bench_ffn(
     dtype: torch.dtype = torch.bfloat16,
     tokens: int = 1,
     pairs: int = 20,
-    form: str = "gated_product",
+    form: PredictorForm = "gated_product",
     idle_only: bool = False,
     int8: bool = False,
     compiled: bool = True,
 ) -> list[BenchResult]:
     """Measure one layer of `shape`; a result that differs from the reference is a row with status `wrong`."""
     torch.manual_seed(0)
-    sparsity = SparsityConfig(predictor_rank=shape.rank, predictor_form=form)  # type: ignore[arg-type]
+    sparsity = shape.sparsity(form)
     layer = SparseSwiGLU(shape.hidden, shape.ffn, sparsity, 0).to(dtype).eval()
     x_TD = torch.randn(tokens, shape.hidden).to(dtype)
     dense = _dense_steps(layer, x_TD, compiled=compiled)

@@ -19,6 +19,7 @@ from bankwise.bench.results import BenchResult, stamped, timed_row
 from bankwise.bench.shapes import Shape
 from bankwise.bench.timing import Step, Timing, interleave
 from bankwise.config import SparsityConfig
+from bankwise.config.sparsity import PredictorForm
 from bankwise.errors import KernelError
 from bankwise.ffn.bank import bank_topk_mask
 from bankwise.ffn.layer import SparseSwiGLU
@@ -38,7 +39,7 @@ def bench_ffn_cuda(
     dtype: torch.dtype = torch.bfloat16,
     tokens: int = 1,
     pairs: int = 20,
-    form: str = "gated_product",
+    form: PredictorForm = "gated_product",
     idle_only: bool = False,
 ) -> list[BenchResult]:
     """Measure one layer of `shape` on the GPU (in Triton's interpreter: on the CPU, to test this function).
@@ -49,7 +50,7 @@ def bench_ffn_cuda(
         raise KernelError(f"`bench ffn --device cuda` needs the Triton kernels: {reason}")
     device = torch.device(support.decode_limits(forced=True).device)
     torch.manual_seed(0)
-    sparsity = SparsityConfig(predictor_rank=shape.rank, predictor_form=form)  # type: ignore[arg-type]
+    sparsity = shape.sparsity(form)
     x_TD = torch.randn(tokens, shape.hidden, device=device).to(dtype)
     fields: dict[str, Any] = {
         "bench": "ffn", "tokens": tokens, "D": shape.hidden, "F": shape.ffn, "R": shape.rank, "dtype": str(dtype)[6:],

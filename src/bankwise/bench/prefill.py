@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from bankwise.bench.results import BenchResult, timed_row
 from bankwise.bench.shapes import Shape, random_model
 from bankwise.bench.timing import Step, interleave
-from bankwise.config import SparsityConfig
+from bankwise.config.sparsity import PredictorForm
 from bankwise.inference.decoding import prepare
 
 
@@ -22,12 +22,12 @@ def bench_prefill(
     dtype: torch.dtype = torch.bfloat16,
     tokens: int = 256,
     pairs: int = 6,
-    form: str = "gated_product",
+    form: PredictorForm = "gated_product",
     idle_only: bool = False,
 ) -> list[BenchResult]:
     """Milliseconds of one prompt of `tokens` tokens. Baselines: `hf-dense`, and `sparse-unpacked`, the same sparse
     model before `prepare`, whose weights are in their ordinary layout."""
-    sparsity = SparsityConfig(predictor_rank=shape.rank, predictor_form=form)  # type: ignore[arg-type]
+    sparsity = shape.sparsity(form)
     ids = torch.randint(1, shape.vocab, (1, tokens), generator=torch.Generator().manual_seed(1))
     sparse = random_model(shape, dtype, sparsity)
     prepare(sparse)

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,22 @@ def timed_row(impl: str, baseline: str, timing: Timing, moved: int, fields: dict
 
 def write_csv(results: list[BenchResult], path: Path) -> None:
     """All results, one row each."""
+    rows = [
+        {
+            key: round(value, 4) if isinstance(value, float) else value
+            for key, value in dataclasses.asdict(result).items()
+        }
+        for result in results
+    ]
+    write_rows(rows, path, [field.name for field in dataclasses.fields(BenchResult)])
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path, fields: Sequence[str] | None = None) -> None:
+    """Rows as CSV under the names of `fields`, by default those of the first row; a value that a row lacks is empty."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[field.name for field in dataclasses.fields(BenchResult)])
+        writer = csv.DictWriter(file, fieldnames=list(fields or rows[0]))
         writer.writeheader()
-        for result in results:
-            row = dataclasses.asdict(result)
-            writer.writerow({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+        writer.writerows(rows)
 
 
 def print_table(results: list[BenchResult]) -> None:

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bankwise.config import SparsityConfig
+from bankwise.config.sparsity import PredictorForm
 from bankwise.errors import ConfigError
 from bankwise.models.public import public_config
 
@@ -26,6 +27,10 @@ class Shape:
     vocab: int = 32768
     """32K for the Qwen shapes instead of 152K: with the full head a step would time the head."""
     tied: bool = True
+
+    def sparsity(self, form: PredictorForm) -> SparsityConfig:
+        """16 of 64 channels with a predictor of this shape's rank."""
+        return SparsityConfig(predictor_rank=self.rank, predictor_form=form)
 
 
 def _shape(name: str, rank: int, vocab: int = 32768) -> Shape:

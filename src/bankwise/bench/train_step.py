@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from bankwise.bench.results import BenchResult, timed_row
 from bankwise.bench.shapes import Shape, random_model
 from bankwise.bench.timing import Step, interleave
-from bankwise.config import SparsityConfig, Stage
+from bankwise.config import Stage
+from bankwise.config.sparsity import PredictorForm
 from bankwise.ffn import record_routing
 from bankwise.ffn.allocator import keep_freed_memory
 from bankwise.ffn.precision import bf16_router_products
@@ -25,13 +26,13 @@ def bench_train_step(
     *,
     tokens: int = 1024,
     pairs: int = 8,
-    form: str = "gated_product",
+    form: PredictorForm = "gated_product",
     idle_only: bool = False,
 ) -> list[BenchResult]:
     """Milliseconds of one optimiser step on two rows of `tokens` / 2 tokens."""
     keep_freed_memory()
     dense = random_model(shape, torch.float32, None)
-    sparsity = SparsityConfig(predictor_rank=shape.rank, predictor_form=form)  # type: ignore[arg-type]
+    sparsity = shape.sparsity(form)
     sparse = random_model(shape, torch.float32, sparsity)
     use_chunked_loss(dense)
     ids = torch.randint(1, shape.vocab, (2, tokens // 2), generator=torch.Generator().manual_seed(1))
