@@ -219,7 +219,7 @@ def _stage_budget(
         stage=stage,
         steps=stage.steps,
         rows=stage.rows,
-        tokens=stage.steps * tokens,
+        tokens=stage.whole_tokens,
         accumulation=accumulation,
         context=int(students["sparse"].max_position_embeddings),
         trained=trained,

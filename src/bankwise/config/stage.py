@@ -207,9 +207,14 @@ class Stage:
         return -(-int(self.tokens) // int(self.batch_tokens))
 
     @property
+    def whole_tokens(self) -> int:
+        """Tokens that the stage reads: those of whole optimiser steps."""
+        return self.steps * int(self.batch_tokens)
+
+    @property
     def rows(self) -> int:
         """Sequences that the stage reads."""
-        return self.steps * int(self.batch_tokens) // self.seq_len
+        return self.whole_tokens // self.seq_len
 
     @property
     def trained_layer(self) -> int | None:

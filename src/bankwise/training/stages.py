@@ -28,7 +28,7 @@ def stages_of(model: PreTrainedModel, stages: Sequence[Stage]) -> Iterator[tuple
 
 def trained_tokens(model: PreTrainedModel, stages: Sequence[Stage]) -> int:
     """Tokens that `model` has read after all its stages: whole optimiser steps."""
-    return sum(stage.steps * int(stage.batch_tokens) for _, stage in stages_of(model, stages))
+    return sum(stage.whole_tokens for _, stage in stages_of(model, stages))
 
 
 def train_stages(
@@ -81,7 +81,7 @@ def train_stages(
             if is_apart:
                 copy_whole(trained, model)
             model.zero_grad(set_to_none=True)
-        tokens += stage.steps * int(stage.batch_tokens)
+        tokens += stage.whole_tokens
     return tokens
 
 

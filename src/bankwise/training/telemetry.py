@@ -96,9 +96,9 @@ class Telemetry(TrainerCallback):
         # Only the main process is sure to see the file, and all must see the same signs, for one of them stops the run.
         before: list[Any] = [None]
         if self.trainer.is_world_process_zero():
-            now = self._tokens(state.global_step)
+            now = self.trainer.tokens_at(state.global_step)
             trim_record(self.plan.file, self.trainer.name, now)
-            before = [_lines_before(self.plan.file, self.trainer.name, self._tokens(0), now)]
+            before = [_lines_before(self.plan.file, self.trainer.name, self.trainer.tokens_at(0), now)]
         for line in broadcast_object_list(before)[0]:
             self._signs.look(line)
         if state.global_step == 0:
@@ -187,11 +187,13 @@ class Telemetry(TrainerCallback):
                 100 * MOST_COST,
             )
 
-    def _tokens(self, step: int) -> int:
-        return self.trainer.tokens_before + step * int(self.stage.batch_tokens)
-
     def _place(self, step: int) -> dict[str, Any]:
-        return {"model": self.trainer.name, "stage": self.stage.name, "step": step, "tokens": self._tokens(step)}
+        return {
+            "model": self.trainer.name,
+            "stage": self.stage.name,
+            "step": step,
+            "tokens": self.trainer.tokens_at(step),
+        }
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.trainer.is_world_process_zero():

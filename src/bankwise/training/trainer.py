@@ -219,6 +219,10 @@ class UpcyclingTrainer(CheckpointingTrainer):
     def _where(self) -> str:
         return f"training of the {self.name} model stopped at {self.place(self.state.global_step + 1)}"
 
+    def tokens_at(self, step: int) -> int:
+        """Tokens that the model has read when `step` of this stage ends, those of earlier stages with them."""
+        return self.tokens_before + step * int(self.stage.batch_tokens)
+
     def place(self, step: int) -> str:
         """A step in words, with the stage where it has a name."""
         return f"step {step} of {self.stage.steps}" + (f" of stage {self.stage.name}" if self.stage.name else "")
@@ -243,7 +247,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
                     "model": self.name,
                     "stage": self.stage.name,
                     "step": step,
-                    "tokens": self.tokens_before + step * int(self.stage.batch_tokens),
+                    "tokens": self.tokens_at(step),
                     **means,
                     "grad_norm": logs.get("grad_norm"),
                     "lr": logs.get("learning_rate"),
@@ -308,7 +312,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
         if self.args.should_save:
             remove_leftovers(Path(str(self.args.output_dir)))
         if self.metrics_file is not None and self.is_world_process_zero():
-            trim_record(self.metrics_file, self.name, self.tokens_before + step * int(self.stage.batch_tokens))
+            trim_record(self.metrics_file, self.name, self.tokens_at(step))
         products = bf16_router_products() if self.stage.bf16 else nullcontext()
         listening = self.stop.request.listening(processes=self.args.world_size, say=self.is_world_process_zero())
         with listening, products, document_attention(*self.attending):
