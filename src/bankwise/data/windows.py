@@ -31,7 +31,7 @@ def token_windows(
     max_windows: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> torch.LongTensor:
+) -> Tensor:
     """Windows [n, seq_len] of token ids that do not overlap, in a seeded order.
 
     Each document is tokenised on its own by the tokenizer's rule (its bos, if it adds one), and ends with eos where
@@ -71,12 +71,12 @@ def token_windows(
         num_windows = min(num_windows, max_windows)
     shuffled = list(range(num_windows))
     generator.shuffle(shuffled)
-    return tokens[: num_windows * seq_len].view(num_windows, seq_len)[shuffled]  # type: ignore[return-value]
+    return tokens[: num_windows * seq_len].view(num_windows, seq_len)[shuffled]
 
 
 def document_starts(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, seq_len: int, max_windows: int, seed: int = 0
-) -> torch.LongTensor:
+) -> Tensor:
     """Windows [n, seq_len], n <= max_windows: the first tokens of documents that are that long, in a seeded order."""
     order = list(documents)
     random.Random(seed).shuffle(order)
@@ -87,7 +87,7 @@ def document_starts(
         ids, _ = _encode_start(document.text, seq_len, tokenizer)
         if len(ids) == seq_len:
             starts.append(ids)
-    return torch.stack(starts) if starts else torch.empty(0, seq_len, dtype=torch.long)  # type: ignore[return-value]
+    return torch.stack(starts) if starts else torch.empty(0, seq_len, dtype=torch.long)
 
 
 def mixed_windows(
@@ -99,7 +99,7 @@ def mixed_windows(
     split: Literal["train", "held_out"],
     held_out_fraction: float,
     seed: int = 0,
-) -> torch.LongTensor:
+) -> Tensor:
     """Windows [num_windows, seq_len] of one split, shared among the sources by weight and interleaved by the seed.
 
     Every source gives at least one window where there are enough windows for that. A training source that is too
@@ -130,7 +130,7 @@ def mixed_windows(
         parts.append(windows)
     rows = torch.cat(parts)
     shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return rows[shuffled]  # type: ignore[return-value]
+    return rows[shuffled]
 
 
 def shares_by_weight(weights: Sequence[float], total: int) -> list[int]:
@@ -147,7 +147,7 @@ def shares_by_weight(weights: Sequence[float], total: int) -> list[int]:
     return shares
 
 
-def _repeated(windows: Tensor, share: int, source: DataSource, split: str) -> torch.LongTensor:
+def _repeated(windows: Tensor, share: int, source: DataSource, split: str) -> Tensor:
     available, seq_len = windows.shape
     if split == "held_out":
         raise DataError(
@@ -162,7 +162,7 @@ def _repeated(windows: Tensor, share: int, source: DataSource, split: str) -> to
         share / available,
         share,
     )
-    return windows.repeat(-(-share // available), 1)[:share]  # type: ignore[return-value]
+    return windows.repeat(-(-share // available), 1)[:share]
 
 
 def _all_tokens(
