@@ -209,7 +209,7 @@ def _stage_budget(
             stage,
             parameters=parameter_count(models["sparse"]),
             trained=trained.total,
-            teacher_parameters=dense_parameters if stage.kd_weight else 0,
+            teacher_parameters=dense_parameters if stage.has_teacher else 0,
             processes=processes,
             sharding=sharding,
         )

@@ -190,7 +190,7 @@ def train(
 ) -> Path:
     """Train a sparse checkpoint on the recipe's stages; returns the folder, with the result under checkpoint/.
 
-    The recipe's model is loaded only as a teacher (`kd_weight` > 0 and `teacher: dense`).
+    The recipe's model is loaded only as a teacher (`kd_weight` or `state_weight`, and `teacher: dense`).
     """
     check_train(recipe)
     check_processes(recipe)
@@ -203,7 +203,7 @@ def train(
         torch.set_num_threads(recipe.threads)
     model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)
     check_rope(model.config, recipe.stages)
-    has_teacher = any(stage.kd_weight for stage in recipe.stages)
+    has_teacher = any(stage.has_teacher for stage in recipe.stages)
     with main_first():
         teacher = load_dense(recipe.model, tokenizer=False).model if has_teacher else None
     if teacher is not None:
@@ -224,7 +224,7 @@ def check_train(recipe: Recipe) -> None:
     """Refuse a recipe that `train` could not go through with, whatever the checkpoint."""
     if not recipe.stages:
         raise ConfigError("the recipe has no stages, so there is nothing to train")
-    if any(stage.kd_weight and stage.teacher == "companion" for stage in recipe.stages):
+    if any(stage.has_teacher and stage.teacher == "companion" for stage in recipe.stages):
         raise ConfigError("teacher='companion' needs a companion: use `bankwise run`, or teacher='dense'")
     _check_trainer(recipe)
 
@@ -444,7 +444,7 @@ def _telemetry(recipe: Recipe, stage: Stage, data: RunData, folder: Path) -> Tel
 
 
 def _teacher(recipe: Recipe, dense: PreTrainedModel, companion: PreTrainedModel | None) -> PreTrainedModel | None:
-    kinds = {stage.teacher for stage in recipe.stages if stage.kd_weight}
+    kinds = {stage.teacher for stage in recipe.stages if stage.has_teacher}
     if not kinds:
         return None
     return companion if kinds == {"companion"} else dense

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from bankwise import __version__
+from bankwise.precision import multiplies_bf16
 
 
 def environment(seconds: float) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def environment(seconds: float) -> dict[str, Any]:
         "git_revision": _git_revision(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
+        "bfloat16_products": multiplies_bf16("cuda" if torch.cuda.is_available() else "cpu"),
         "versions": {
             "bankwise": __version__,
             "python": platform.python_version(),

@@ -13,15 +13,22 @@ from bankwise.ffn import sparse_layers
 
 @torch.no_grad()
 def naive_parts(model, teacher, windows_WS):
-    """(ce, kd, aux) of windows in float64: mean NLL, KL(teacher || student), and KL(q || softmax(z)) over the banks."""
+    """(ce, kd, state, aux) of windows in float64: mean NLL, KL(teacher || student), |s - t|^2 / |t|^2 of the layers'
+    outputs, and KL(q || softmax(z)) over the banks."""
     model = copy.deepcopy(model).double().eval()
     inputs = {}
     hooks = [
         layer.register_forward_pre_hook(lambda layer, args: inputs.__setitem__(layer, args[0]))
         for layer in sparse_layers(model)
     ]
-    log_p = model(windows_WS).logits[:, :-1].log_softmax(dim=-1)
-    log_q = copy.deepcopy(teacher).double().eval()(windows_WS).logits[:, :-1].log_softmax(dim=-1)
+    student, taught = (
+        each(windows_WS, output_hidden_states=True) for each in (model, copy.deepcopy(teacher).double().eval())
+    )
+    log_p, log_q = (each.logits[:, :-1].log_softmax(dim=-1) for each in (student, taught))
+    distances = [
+        (s - t).square().sum(dim=-1) / t.square().sum(dim=-1)
+        for s, t in zip(student.hidden_states[1:], taught.hidden_states[1:], strict=True)
+    ]
     for hook in hooks:
         hook.remove()
     aux = []
@@ -33,21 +40,23 @@ def naive_parts(model, teacher, windows_WS):
         aux.append((share * (share.log() - log_z)).sum(dim=-1).mean())
     ce = -log_p.gather(-1, windows_WS[:, 1:, None]).mean()
     kd = (log_q.exp() * (log_q - log_p)).sum(dim=-1).mean()
-    return ce.item(), kd.item(), torch.stack(aux).mean().item()
+    targets = windows_WS.shape[0] * (windows_WS.shape[1] - 1)
+    state = torch.stack(distances).mean(dim=0).sum() / targets
+    return ce.item(), kd.item(), state.item(), torch.stack(aux).mean().item()
 
 
 def test_recorded_parts_are_those_of_the_definition(sparse, tiny_dense, windows, training):
     model, teacher = sparse(), tiny_dense(seed=7)
     rows = training(
         model, windows(8), teacher=teacher, tokens=128, batch_tokens=64, lr=0, predictor_lr=0,
-        ce_weight=0.5, kd_weight=2, aux_weight=0.3, aux_token_fraction=1, loss_chunk=7,
+        ce_weight=0.5, kd_weight=2, state_weight=3, aux_weight=0.3, aux_token_fraction=1, loss_chunk=7,
     ).run().rows  # fmt: skip
     assert [row["step"] for row in rows] == [1, 2]
     assert [row["tokens"] for row in rows] == [64, 128]
     for row, batch in zip(rows, windows(8).split(4), strict=True):
-        ce, kd, aux = naive_parts(model, teacher, batch)
-        assert (row["ce"], row["kd"], row["aux"]) == pytest.approx((ce, kd, aux), rel=2e-5)
-        assert row["loss"] == pytest.approx(0.5 * ce + 2 * kd + 0.3 * aux, rel=2e-5)
+        ce, kd, state, aux = naive_parts(model, teacher, batch)
+        assert (row["ce"], row["kd"], row["state"], row["aux"]) == pytest.approx((ce, kd, state, aux), rel=2e-5)
+        assert row["loss"] == pytest.approx(0.5 * ce + 2 * kd + 3 * state + 0.3 * aux, rel=2e-5)
 
 
 def test_a_quarter_of_the_tokens_gives_about_the_same_routing_loss(sparse, windows, training):
@@ -83,9 +92,19 @@ def test_distillation_pulls_the_student_to_its_teacher(sparse, tiny_dense, windo
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_distillation_without_a_teacher_is_refused(sparse, windows, training):
-    with pytest.raises(ConfigError, match=r"kd_weight=1.*teacher="):
-        training(sparse(), windows(), kd_weight=1)
+def test_states_alone_pull_the_student_to_its_teacher(sparse, tiny_dense, windows, training):
+    rows = training(
+        sparse(), windows(8), teacher=tiny_dense(), tokens=2560, batch_tokens=128, micro_batch=8,
+        lr=3e-3, ce_weight=0, state_weight=1, aux_weight=0,
+    ).run().rows  # fmt: skip
+    assert rows[-1]["state"] < 0.5 * rows[0]["state"]
+    assert rows[0]["kd"] == 0
+
+
+@pytest.mark.parametrize("weight", ["kd_weight", "state_weight"])
+def test_distillation_without_a_teacher_is_refused(sparse, windows, training, weight):
+    with pytest.raises(ConfigError, match=rf"{weight}=1.*teacher="):
+        training(sparse(), windows(), **{weight: 1})
 
 
 def test_the_companion_of_a_stage_of_distillation_alone_learns_by_cross_entropy(tiny_dense, windows, training):

@@ -57,7 +57,7 @@ def assert_same_training(folder: Path, expected: Path) -> None:
     rows, expected_rows = lines(folder), lines(expected)
     assert [(row["step"], row["tokens"]) for row in rows] == [(row["step"], row["tokens"]) for row in expected_rows]
     for row, other in zip(rows, expected_rows, strict=True):
-        for key in ("loss", "ce", "kd", "aux", "grad_norm", "lr"):
+        for key in ("loss", "ce", "kd", "state", "aux", "grad_norm", "lr"):
             same = row[key] is None if other[key] is None else row[key] == pytest.approx(other[key], rel=1e-5, abs=1e-9)
             assert same, (row["step"], key, row[key], other[key])
     assert_same_weights(folder, expected)

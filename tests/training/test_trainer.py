@@ -152,7 +152,8 @@ def test_the_companion_reads_the_same_windows_in_the_same_order(sparse, tiny_den
 # bfloat16
 
 
-def test_under_autocast_routing_and_weights_stay_in_float32(sparse, windows, training):
+def test_under_autocast_routing_and_weights_stay_in_float32(sparse, windows, training, monkeypatch):
+    monkeypatch.setattr("bankwise.training.trainer.multiplies_bf16", lambda kind: True)
     model, dtypes = sparse(), {"logits": set(), "up": set()}
     for layer in sparse_layers(model):
         layer.predictor.register_forward_hook(lambda *args: dtypes["logits"].add(args[-1].dtype))
@@ -163,6 +164,13 @@ def test_under_autocast_routing_and_weights_stay_in_float32(sparse, windows, tra
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert run.rows[-1]["ce"] < run.rows[0]["ce"]
     assert torch.get_float32_matmul_precision() == precision
+
+
+def test_bfloat16_is_left_alone_where_its_products_are_slow(sparse, windows, training, monkeypatch):
+    monkeypatch.setattr("bankwise.training.trainer.multiplies_bf16", lambda kind: False)
+    settings = {"tokens": 2 * 32, "aux_token_fraction": 1}
+    asked, never = (training(sparse(), windows(), bf16=bf16, **settings).run() for bf16 in (True, False))
+    assert [row["loss"] for row in asked.rows] == [row["loss"] for row in never.rows]
 
 
 # The record

@@ -32,7 +32,7 @@ STAGE: dict[str, Any] = {
     "aux_token_fraction": 0.5,
 }  # fmt: skip
 CASES: dict[str, list[dict[str, Any]]] = {
-    "distilled": [{"kd_weight": 1.0, "save_steps": 2}],
+    "distilled": [{"kd_weight": 1.0, "state_weight": 0.5, "save_steps": 2}],
     # The routing loss is all that reaches these predictors: first alone, then until its weight has fallen to 0.
     "detached": [
         {"tokens": 2 * 4 * ROW, "trains": "predictor"},

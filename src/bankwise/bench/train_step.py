@@ -18,6 +18,7 @@ from bankwise.ffn import record_routing
 from bankwise.ffn.allocator import keep_freed_memory
 from bankwise.ffn.precision import bf16_router_products
 from bankwise.models.modeling import use_chunked_loss
+from bankwise.precision import bf16_autocast, multiplies_bf16
 from bankwise.training import parameter_groups
 
 
@@ -38,7 +39,7 @@ def bench_train_step(
     ids = torch.randint(1, shape.vocab, (2, tokens // 2), generator=torch.Generator().manual_seed(1))
     fields: dict[str, Any] = {
         "bench": "train-step", "phase": "train", "batch": 2, "tokens": tokens, "D": shape.hidden, "F": shape.ffn,
-        "R": shape.rank, "dtype": "bfloat16 autocast",
+        "R": shape.rank, "dtype": "bfloat16 autocast" if multiplies_bf16("cpu") else "float32",
     }  # fmt: skip
     with bf16_router_products():
         timings = interleave(
@@ -56,7 +57,7 @@ def _step(model: PreTrainedModel, ids: torch.Tensor) -> Step:
         with record_routing(
             model, with_statistics=False, token_fraction=stage.aux_token_fraction, loss_kind=stage.aux_loss
         ) as record:
-            with torch.autocast("cpu", torch.bfloat16):
+            with bf16_autocast("cpu"):
                 loss = model(ids, labels=ids, loss_chunk=stage.loss_chunk, use_cache=False).loss
             if record.losses:
                 loss = loss + stage.aux_weight * torch.stack(record.losses).mean()

@@ -80,7 +80,7 @@ class EvalConfig:
     """Windows of one forward pass."""
 
     bf16: bool = False
-    """bfloat16 autocast during evaluation."""
+    """bfloat16 autocast during evaluation, where the device multiplies bfloat16 matrices in hardware."""
 
     preset: Literal["", "ci", "smoke", "full"] = ""
     """Evaluation that the models of the run go through at the end, for the report (of the controls, `dense_narrow`);
@@ -166,7 +166,7 @@ class Recipe:
             raise ConfigError(f"held_out_fraction={self.held_out_fraction} is outside (0, 1)")
         if self.telemetry_steps < 0:
             raise ConfigError(f"telemetry_steps={self.telemetry_steps} is negative; 0 switches the telemetry off")
-        if len({stage.teacher for stage in self.stages if stage.kd_weight}) > 1:
+        if len({stage.teacher for stage in self.stages if stage.has_teacher}) > 1:
             raise ConfigError("stages name different teachers; a run has one: dense or companion in every stage")
-        if not self.companion and any(stage.teacher == "companion" and stage.kd_weight for stage in self.stages):
+        if not self.companion and any(stage.teacher == "companion" and stage.has_teacher for stage in self.stages):
             raise ConfigError("teacher='companion' needs companion: true")

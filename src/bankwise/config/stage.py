@@ -107,7 +107,11 @@ class Stage:
     """Weight of the cross entropy."""
 
     kd_weight: float = 0.0
-    """Weight of KL(teacher || student) over the vocabulary, in nats. 0: no teacher is run."""
+    """Weight of KL(teacher || student) over the vocabulary, in nats."""
+
+    state_weight: float = 0.0
+    """Weight of the distance to the teacher's hidden states: |student - teacher|^2 / |teacher|^2 of a token, mean over
+    layers. With this and `kd_weight` at 0 no teacher is run."""
 
     teacher: Literal["dense", "companion"] = "dense"
     """Who teaches: the dense model as it was loaded, or its companion trained on the same tokens."""
@@ -132,7 +136,7 @@ class Stage:
     """Gradient clipping."""
 
     bf16: bool = True
-    """bfloat16 autocast; routing stays in float32."""
+    """bfloat16 autocast, where the device multiplies bfloat16 matrices in hardware; routing stays in float32."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
@@ -167,11 +171,13 @@ class Stage:
             )
         if not 0 < self.aux_token_fraction <= 1:
             raise ConfigError(f"aux_token_fraction={self.aux_token_fraction} is outside (0, 1]")
-        for name in ("ce_weight", "kd_weight", "aux_weight", "lr", "predictor_lr"):
+        for name in ("ce_weight", "kd_weight", "state_weight", "aux_weight", "lr", "predictor_lr"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative; 0 switches it off")
-        if self.ce_weight == 0 and self.kd_weight == 0 and self.trains != "predictor":
-            raise ConfigError("ce_weight and kd_weight are both 0, so nothing would train the model; set one of them")
+        if not (self.ce_weight or self.has_teacher or self.trains == "predictor"):
+            raise ConfigError(
+                "ce_weight, kd_weight and state_weight are all 0, so nothing would train the model; set one of them"
+            )
         for name in ("k_share", "decay"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is outside (0, 1]")
@@ -179,7 +185,7 @@ class Stage:
             raise ConfigError(f"warmup={self.warmup} must be in [0, 1) and min_lr_ratio={self.min_lr_ratio} in [0, 1]")
         if self.k_start and self.k_schedule not in ("linear", "cosine"):
             raise ConfigError(f"k_start={self.k_start} belongs to k_schedule linear or cosine, not {self.k_schedule}")
-        if self.trains == "predictor" and not (self.aux_weight or self.ce_weight or self.kd_weight):
+        if self.trains == "predictor" and not (self.aux_weight or self.ce_weight or self.has_teacher):
             raise ConfigError("every loss has weight 0, so nothing would train the predictors; set aux_weight")
         if self.k_schedule == "dense" and self.trains == "predictor" and not self.aux_weight:
             raise ConfigError(
@@ -200,6 +206,11 @@ class Stage:
                 f"sequences of {self.seq_len} tokens; use a multiple of {per_pass}"
             )
         return int(self.batch_tokens) // per_pass
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a part of the loss needs a teacher."""
+        return bool(self.kd_weight or self.state_weight)
 
     @property
     def steps(self) -> int:

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from bankwise.data.tokenized import tokenizer_fingerprint
 from bankwise.errors import ConfigError
 from bankwise.evaluation.reading_cache import ReadingCache
+from bankwise.precision import bf16_autocast, multiplies_bf16
 
 _PREFILL_COLUMNS = 1024  # of one forward pass; bounds the attention mask and the activations of long prompts
 _LOGIT_ROWS = 512  # tokens whose logits exist at one time
@@ -137,7 +138,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.bf16 = bf16
+        self.bf16 = bf16 and multiplies_bf16(model.device.type)
         self.batch_tokens = batch_tokens
         self.cache = cache
         self.progress = progress
@@ -148,7 +149,7 @@ class Engine:
         self.end_ids = set(eos) if isinstance(eos, list) else {eos} - {None}
         self.lead_ids = self._lead_ids()
         """Special tokens that the tokenizer puts before a text by default (bos, or nothing)."""
-        self.settings = {"bf16": bf16, "context": self.context, "tokenizer": tokenizer_fingerprint(tokenizer)}
+        self.settings = {"bf16": self.bf16, "context": self.context, "tokenizer": tokenizer_fingerprint(tokenizer)}
         """What a reading depends on besides the prompt and the weights."""
 
     def encode(self, text: str) -> list[int]:
@@ -279,7 +280,7 @@ class Engine:
             ).last_hidden_state
 
     def _precision(self, num_tokens: int) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and num_tokens >= _MIN_BF16_TOKENS)
+        return bf16_autocast(self.device, enabled=self.bf16 and num_tokens >= _MIN_BF16_TOKENS)
 
     def _log_probs(self, hidden_TD: Tensor) -> Tensor:
         """float32 [T, V]; call with few rows."""

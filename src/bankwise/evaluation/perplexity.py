@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from bankwise.errors import ConfigError
 from bankwise.ffn import SparseSwiGLU, record_routing, sparse_layers
+from bankwise.precision import bf16_autocast
 
 _LOGIT_ROWS = 256  # tokens whose logits exist at one time
 
@@ -101,7 +102,7 @@ def window_states(
             windows_WS.split(batch_size), desc=progress, unit="batch", disable=progress is None, leave=False
         ):
             batch_WS = batch_WS.to(model.device)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            with bf16_autocast(model.device, enabled=bf16):
                 hidden_WSD = model.model(batch_WS, use_cache=False).last_hidden_state
             yield from zip(batch_WS, hidden_WSD, strict=True)
     finally:
@@ -115,7 +116,7 @@ def window_losses(
     """losses_W (float64): mean negative log likelihood of tokens 2..S of each window, in nats."""
     losses = []
     for tokens_S, hidden_SD in window_states(model, windows_WS, batch_size=batch_size, bf16=bf16, progress=progress):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        with bf16_autocast(model.device, enabled=bf16):
             losses.append(token_losses(hidden_SD, model.lm_head.weight, tokens_S).nll_T.mean())
     return torch.stack(losses)
 

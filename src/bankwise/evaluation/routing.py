@@ -20,6 +20,7 @@ from bankwise.ffn import SparseSwiGLU, sparse_layers
 from bankwise.ffn.routing_counts import RoutingCounts
 from bankwise.ffn.routing_statistics import usage_entropy
 from bankwise.models.cost import token_cost
+from bankwise.precision import bf16_autocast
 
 _CHUNK = 1024  # tokens whose energies exist at one time; divides every border of the position buckets
 _UNIONS = (2, 4, 8, 16, 32)
@@ -48,7 +49,7 @@ def routing_statistics(
             counter.attach()
         for windows_WS in windows.values():
             for batch_WS in windows_WS.split(batch_size):
-                with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                with bf16_autocast(model.device, enabled=bf16):
                     model.model(batch_WS.to(model.device), use_cache=False)
     finally:
         model.train(was_training)

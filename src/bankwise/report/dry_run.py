@@ -83,7 +83,7 @@ def _stage_table(budget: RunBudget) -> Table:
         row("tokens of a row", lambda own: count(own.stage.seq_len)),
         row("context", lambda own: count(own.context)),
         row("rows x passes per process", lambda own: f"{own.stage.micro_batch} x {own.accumulation}"),
-        row("ce / kd / aux weight", lambda own: _weights(own.stage)),
+        row("ce / kd / state / aux weight", lambda own: _weights(own.stage)),
         row("learning rates", lambda own: rates(own.stage)),
         row("trained: model", lambda own: _amount(own.trained.model)),
         row("trained: predictors", lambda own: _amount(own.trained.predictor)),
@@ -94,7 +94,7 @@ def _stage_table(budget: RunBudget) -> Table:
 
 def _weights(stage: Stage) -> str:
     aux = f"{stage.aux_weight:g}" + ("" if stage.aux_weight_end is None else f"-{stage.aux_weight_end:g}")
-    return f"{stage.ce_weight:g} / {stage.kd_weight:g} / {aux}"
+    return f"{stage.ce_weight:g} / {stage.kd_weight:g} / {stage.state_weight:g} / {aux}"
 
 
 def _memory_tables(budget: RunBudget) -> list[str]:

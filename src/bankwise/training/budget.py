@@ -102,7 +102,7 @@ def token_flops(config: Any, stage: Stage) -> TokenFlops:
 
 def teacher_flops(config: Any, stage: Stage) -> int:
     """FLOPs of a teacher on one token: a forward pass of the dense model."""
-    return 0 if not stage.kd_weight else token_flops(config, stage).forward
+    return 0 if not stage.has_teacher else token_flops(config, stage).forward
 
 
 class _Counts:

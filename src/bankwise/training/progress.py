@@ -9,13 +9,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class PrintProgress(TrainerCallback):
     """One plain line per log step: step, losses, rate, time left."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, is_bf16_refused: bool = False) -> None:
         self.name = name
+        self.is_bf16_refused = is_bf16_refused
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.start, self.first_step = time.time(), state.global_step
+        if self.is_bf16_refused and state.is_world_process_zero:
+            print(f"{self.name}  float32: bfloat16 products are slow on this device", flush=True)
 
     def on_log(
         self,
@@ -28,7 +31,7 @@ class PrintProgress(TrainerCallback):
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         per_step = (time.time() - self.start) / max(1, state.global_step - self.first_step)
-        parts = "  ".join(f"{key} {logs[key]:.3f}" for key in ("ce", "kd", "aux") if key in logs)
+        parts = "  ".join(f"{key} {logs[key]:.3f}" for key in ("ce", "kd", "state", "aux") if key in logs)
         left = per_step * (state.max_steps - state.global_step)
         print(
             f"{self.name}  step {state.global_step}/{state.max_steps}  {parts}  {per_step:.2f} s/step  "

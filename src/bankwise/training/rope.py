@@ -60,7 +60,7 @@ def check_teacher(config: Any, stages: Sequence[Stage]) -> None:
     """Raise `ConfigError` where a stage's rows are longer than what the dense teacher, which stays as it is, reads."""
     context = int(config.max_position_embeddings)
     for number, stage in enumerate(stages):
-        if stage.kd_weight and stage.teacher == "dense" and stage.seq_len > context:
+        if stage.has_teacher and stage.teacher == "dense" and stage.seq_len > context:
             raise ConfigError(
                 f"stages.{number}: seq_len={stage.seq_len} is longer than the context of the dense teacher, {context}, "
                 "which no rope change reaches; use teacher='companion', kd_weight=0 or a shorter seq_len"

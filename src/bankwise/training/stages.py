@@ -72,7 +72,7 @@ def train_stages(
                 rows(number),
                 work / f"stage-{number}",
                 collate=RowCollator(stage.packing),
-                teacher=teacher if stage.kd_weight else None,
+                teacher=teacher if stage.has_teacher else None,
                 telemetry=None if telemetry is None else telemetry(named),
                 tokens_before=tokens,
                 **settings,

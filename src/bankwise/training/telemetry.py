@@ -150,7 +150,7 @@ class Telemetry(TrainerCallback):
     def _norms(self, kind: str, values: list[Any], remaining: Iterator[float]) -> list[float | None]:
         """Norms by layer; `remaining` gives the reduced squares of those that are known."""
         norms = [None if value is None else math.sqrt(next(remaining)) for value in values]
-        has_loss = kind == "aux" or self.stage.ce_weight or self.stage.kd_weight
+        has_loss = kind == "aux" or self.stage.ce_weight or self.stage.has_teacher
         return norms if has_loss else [None] * len(norms)
 
     def _mean_over_processes(self, values: Tensor) -> list[float]:

@@ -25,6 +25,8 @@ from bankwise.ffn import RoutingRecord, record_routing, sparse_layers
 from bankwise.ffn.precision import bf16_router_products
 from bankwise.files import remove_leftovers, sync
 from bankwise.models.document_attention import check_document_attention, document_attention
+from bankwise.models.lm_loss import IGNORED_LABEL
+from bankwise.precision import multiplies_bf16
 from bankwise.processes import join_processes
 from bankwise.training.checkpointing import (
     CheckpointingTrainer,
@@ -40,6 +42,7 @@ from bankwise.training.optimizer import has_trainable_predictors, parameter_grou
 from bankwise.training.progress import PrintProgress
 from bankwise.training.schedules import ChannelSchedule, aux_weight, scheduler_arguments
 from bankwise.training.sharding import check_sharding, keep_sums_in_float32
+from bankwise.training.state_distillation import state_distance
 from bankwise.training.stopping import StopAtSignal
 from bankwise.training.telemetry import Telemetry, TelemetryPlan
 
@@ -57,7 +60,8 @@ _WITHOUT_EFFECT = {
 class UpcyclingTrainer(CheckpointingTrainer):
     """Trains a sparse model, or the dense companion, on one stage.
 
-    Loss = ce_weight * CE + kd_weight * KL(teacher || student) + aux_weight * mean over layers of the routing loss.
+    Loss = ce_weight * CE + kd_weight * KL(teacher || student) + state_weight * distance to the teacher's hidden states
+    + aux_weight * mean over layers of the routing loss.
     """
 
     def __init__(
@@ -77,8 +81,11 @@ class UpcyclingTrainer(CheckpointingTrainer):
         arguments: dict[str, Any] | None = None,
         quiet: bool = False,
     ) -> None:
-        if stage.kd_weight and teacher is None and name != COMPANION:
-            raise ConfigError(f"kd_weight={stage.kd_weight} needs a teacher; pass the dense model as teacher=")
+        if stage.has_teacher and teacher is None and name != COMPANION:
+            raise ConfigError(
+                f"kd_weight={stage.kd_weight} and state_weight={stage.state_weight} need a teacher; pass the dense "
+                "model as teacher="
+            )
         self.attending = [model, *([] if teacher is None else [teacher])] if stage.packing.doc_mask else []
         for attending in self.attending:
             check_document_attention(attending)
@@ -133,7 +140,8 @@ class UpcyclingTrainer(CheckpointingTrainer):
             self.add_callback(SaveInTime())
         self.add_callback(self.stop)
         if not quiet:
-            self.add_callback(PrintProgress(f"{name}, stage {stage.name}" if stage.name else name))
+            place = f"{name}, stage {stage.name}" if stage.name else name
+            self.add_callback(PrintProgress(place, is_bf16_refused=stage.bf16 and not self.args.bf16))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         # The data module has shuffled already; a fixed order is what the companion and a resumed run share.
@@ -183,13 +191,18 @@ class UpcyclingTrainer(CheckpointingTrainer):
         if self.record is not None:
             self.record.text_places = text_places
         distill: dict[str, Any] = {}
-        if self.teacher is not None and stage.kd_weight:
+        taught = None
+        if self.teacher is not None and stage.has_teacher:
             read = {name: value for name, value in inputs.items() if name != "labels"}
+            wants_states = bool(stage.state_weight)
             with torch.no_grad(), self.compute_loss_context_manager():
-                hidden = self.teacher.model(**read, use_cache=False).last_hidden_state
+                taught = self.teacher.model(**read, use_cache=False, output_hidden_states=wants_states)
             distill = {
-                "teacher_hidden": hidden, "teacher_head": self.teacher.lm_head.weight, "kd_weight": stage.kd_weight
-            }  # fmt: skip
+                "teacher_hidden": taught.last_hidden_state,
+                "teacher_head": self.teacher.lm_head.weight,
+                "kd_weight": stage.kd_weight,
+                "output_hidden_states": wants_states,
+            }
         try:
             outputs = self._forward(model, inputs, num_items_in_batch, distill)
         except RoutingError as error:
@@ -199,9 +212,15 @@ class UpcyclingTrainer(CheckpointingTrainer):
         loss, aux, record = outputs.loss * self.args.world_size, outputs.routing_loss, self.record
         if aux is not None:
             loss = loss + aux_weight(stage, self.state.global_step) * aux / self.args.gradient_accumulation_steps
+        state = None
+        if taught is not None and stage.state_weight:
+            state = self._state_distance(outputs, taught, inputs["labels"], num_items_in_batch)
+            loss = loss + stage.state_weight * state * self.args.world_size
         if not loss.isfinite():
             raise TrainingError(f"{self._where()}: the loss is {loss.item()}. {self._last_good()}")
         parts = {"loss": loss.item(), "ce": ce.item(), "kd": kd.item()}
+        if state is not None:
+            parts["state"] = state.item()
         self.parts.append(parts if aux is None else parts | {"aux": aux.item()})
         if record is not None and record.recalls:
             self.routing = {
@@ -215,6 +234,13 @@ class UpcyclingTrainer(CheckpointingTrainer):
         settings = {"ce_weight": ce_weight, "loss_chunk": self.stage.loss_chunk, "num_items_in_batch": items}
         with self.compute_loss_context_manager():
             return model(**inputs, **settings, use_cache=False, **distill)
+
+    def _state_distance(self, outputs: Any, taught: Any, labels: Tensor, items: Any) -> Tensor:
+        """Distance to the teacher's states of this pass, as a share of the step's target tokens."""
+        # The first of the states is the embedding, which no layer has touched.
+        is_target = labels != IGNORED_LABEL
+        distance = state_distance(outputs.hidden_states[1:], taught.hidden_states[1:], is_target)
+        return distance / (is_target.sum().clamp_min(1) if items is None else items)
 
     def _where(self) -> str:
         return f"training of the {self.name} model stopped at {self.place(self.state.global_step + 1)}"
@@ -275,7 +301,8 @@ class UpcyclingTrainer(CheckpointingTrainer):
         passes = self.args.gradient_accumulation_steps
         # A pass holds its share of the step's tokens, so the language-model parts of a step's passes add up. The loss
         # is the one that is differentiated, with the number of processes in it.
-        return {"loss": passes, "ce": passes * self.args.world_size, "kd": passes * self.args.world_size, "aux": 1}
+        share = passes * self.args.world_size
+        return {"loss": passes, "ce": share, "kd": share, "state": share, "aux": 1}
 
     def own_state(self) -> dict[str, Any]:
         """The steps that the next line of metrics.jsonl covers already; the lines before it are on disk after this."""
@@ -313,7 +340,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
             remove_leftovers(Path(str(self.args.output_dir)))
         if self.metrics_file is not None and self.is_world_process_zero():
             trim_record(self.metrics_file, self.name, self.tokens_at(step))
-        products = bf16_router_products() if self.stage.bf16 else nullcontext()
+        products = bf16_router_products() if self.args.bf16 else nullcontext()
         listening = self.stop.request.listening(processes=self.args.world_size, say=self.is_world_process_zero())
         with listening, products, document_attention(*self.attending):
             result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -346,7 +373,7 @@ def _own_arguments(stage: Stage, output: Path, seed: int) -> dict[str, Any]:
         "max_steps": stage.steps,
         "learning_rate": stage.lr,
         "max_grad_norm": stage.max_grad_norm,
-        "bf16": stage.bf16,
+        "bf16": stage.bf16 and multiplies_bf16("cuda" if torch.cuda.is_available() else "cpu"),
         "save_strategy": "steps",
         "save_steps": stage.save_steps or stage.steps,
         "save_total_limit": None,

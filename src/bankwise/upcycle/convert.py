@@ -25,6 +25,7 @@ from bankwise.ffn import SparseSwiGLU
 from bankwise.ffn.precision import bf16_router_products
 from bankwise.models import SPARSE_FAMILIES, sparse_config
 from bankwise.models.lm_loss import chunked_lm_loss
+from bankwise.precision import bf16_autocast
 from bankwise.upcycle.fit import fit_layer, start_from_weights
 from bankwise.upcycle.loading import load_dense
 from bankwise.upcycle.stream import HiddenStream, check_windows
@@ -204,7 +205,7 @@ def _mean(layers: list[dict[str, Any]], key: str) -> float:
 def _mean_loss(model: PreTrainedModel, windows: Tensor) -> float:
     total = 0.0
     for window_S in windows.to(model.device):
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with bf16_autocast(model.device):
             hidden_SD = model.model(window_S[None], use_cache=False).last_hidden_state[0]
             loss = chunked_lm_loss(hidden_SD[:-1], model.lm_head.weight, window_S[1:], chunk_size=256)
         total += loss.cross_entropy.item()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bankwise.config import CalibrationConfig, SparsityConfig
 from bankwise.ffn import SparseSwiGLU, bank_topk_mask, channel_recall, retained_energy
+from bankwise.precision import bf16_autocast
 from bankwise.upcycle.initialise import initialise_predictor, standardise_logits
 from bankwise.upcycle.permutation import bank_order, permute_channels
 from bankwise.upcycle.refine import refine_predictor
@@ -41,7 +42,7 @@ def fit_layer(
 ) -> dict[str, float]:
     """Fit one layer on FFN inputs `fit_TD`; return its figures on `check_TD`, before and after."""
     # No weight cache: the permutation changes weights inside this block.
-    with torch.autocast(fit_TD.device.type, torch.bfloat16, cache_enabled=False):
+    with bf16_autocast(fit_TD.device, cache_enabled=False):
         measured: dict[str, float] = {"retained_global": _retained_global(layer, check_TD)}
         measured["retained_oracle_before"] = _measure(layer, check_TD, None)["retained_oracle"]
         if sparsity.bank_layout != "none":

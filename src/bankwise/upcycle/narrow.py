@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from bankwise.config import CalibrationConfig, SparsityConfig
 from bankwise.errors import ConfigError
+from bankwise.precision import bf16_autocast
 from bankwise.upcycle.convert import calibration_windows, check_convertible
 from bankwise.upcycle.statistics import LayerStatistics, channel_values
 from bankwise.upcycle.stream import HiddenStream
@@ -81,7 +82,7 @@ def _mean_energies(dense: PreTrainedModel, windows: Tensor | None) -> list[Tenso
     for block in blocks:
         stream.ffn_inputs(block)
         x_TD = torch.cat(stream.ffn_input).flatten(0, 1)
-        with torch.autocast(x_TD.device.type, stream.dtype):
+        with bf16_autocast(x_TD.device):
             parts = [channel_values(block.mlp, part_TD)[2].double().sum(dim=0) for part_TD in x_TD.split(_CHUNK)]
         energies.append(torch.stack(parts).sum(dim=0) / x_TD.shape[0])
         stream.advance(block, block.mlp)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bankwise.errors import ConfigError, DataError
 from bankwise.evaluation.benchmarks.catalogue import TASKS
 from bankwise.evaluation.measures import Measure
+from bankwise.precision import multiplies_bf16
 
 _INSTALL = "lm-eval tasks need the package lm_eval: pip install 'lm-eval>=0.4.13'"
 _HEADLINES = ("acc_norm", "acc", "exact_match")  # the first that a task has
@@ -78,7 +79,7 @@ def run_lm_eval(
             backend="causal",
             batch_size=batch_size,
             max_length=max_length,
-            mixed_precision_dtype="bfloat16" if bf16 else None,
+            mixed_precision_dtype="bfloat16" if bf16 and multiplies_bf16(model.device.type) else None,
         )
         results: Any = lm_eval.simple_evaluate(
             lm,

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +19,7 @@ from bankwise.evaluation.engine import Engine
 from bankwise.evaluation.measures import Measure
 from bankwise.evaluation.perplexity import Reference, token_losses, window_states
 from bankwise.evaluation.suites import SuiteResult
+from bankwise.precision import bf16_autocast
 
 SECTION = "perplexity"
 ALL = "all sources"
@@ -114,7 +114,7 @@ def _window_rows(
         compared = (hidden_SD, engine.model.lm_head.weight) if is_dense else None
         if other is not None:
             compared = (other.hidden[source][index], other.head_VD)
-        with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.bf16):
+        with bf16_autocast(engine.device, enabled=engine.bf16):
             losses = token_losses(hidden_SD, engine.model.lm_head.weight, tokens_S, compared)
         buckets = {
             name: [end - max(first, 1), losses.nll_T[max(first, 1) - 1 : end - 1].sum().item()]
