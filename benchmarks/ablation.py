@@ -35,6 +35,7 @@ VOCABULARY = 2048
 WARM_UP = {
     "tokens": "40k", "trains": "predictor", "k_schedule": "dense", "aux_weight": 1.0, "predictor_lr": 1e-3
 }  # fmt: skip
+TAUGHT = ["stages.0.ce_weight=0.1", "stages.0.teacher=companion", "companion=true"]
 
 VARIANTS: dict[str, list[str]] = {
     "default": [],
@@ -66,7 +67,10 @@ VARIANTS: dict[str, list[str]] = {
     "leak": ["stages.0.k_schedule=leak", "stages.0.k_share=0.5"],
     # losses
     "kd-dense": ["stages.0.kd_weight=1", "stages.0.ce_weight=0.1"],
-    "kd-companion": ["stages.0.kd_weight=1", "stages.0.ce_weight=0.1", "stages.0.teacher=companion", "companion=true"],
+    "kd-companion": [*TAUGHT, "stages.0.kd_weight=1"],
+    "states-1": [*TAUGHT, "stages.0.kd_weight=1", "stages.0.state_weight=1"],
+    "states-10": [*TAUGHT, "stages.0.kd_weight=1", "stages.0.state_weight=10"],
+    "states-alone": [*TAUGHT, "stages.0.state_weight=10"],
     "aux-0.01": ["stages.0.aux_weight=0.01"],
     "aux-1": ["stages.0.aux_weight=1"],
     # learning rates

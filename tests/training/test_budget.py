@@ -18,6 +18,7 @@ from bankwise.models.public import PUBLIC_MODELS, public_config
 from bankwise.training import parameter_groups
 from bankwise.training.budget import meta_model, parameter_count, teacher_flops, token_flops, trained_parameters
 from bankwise.training.memory import step_memory
+from bankwise.training.state_distillation import state_distance
 
 PUBLISHED = {  # parameters, as the models' files count them
     "HuggingFaceTB/SmolLM2-135M": 134_515_008,
@@ -57,11 +58,19 @@ def one_pass(model: PreTrainedModel, stage: Stage, ids: torch.Tensor, teacher: P
     with recording if stage.aux_weight else nullcontext(RoutingRecord()) as record:
         with torch.autocast("cpu", torch.bfloat16, enabled=stage.bf16):
             distill = {}
+            taught = None
             if teacher is not None:
                 with torch.no_grad():
-                    hidden = teacher.model(ids, use_cache=False).last_hidden_state
-                distill = {"teacher_hidden": hidden, "teacher_head": teacher.lm_head.weight, "kd_weight": 1.0}
-            loss = model(ids, labels=ids, use_cache=False, loss_chunk=stage.loss_chunk, **distill).loss
+                    taught = teacher.model(ids, use_cache=False, output_hidden_states=bool(stage.state_weight))
+                distill = {
+                    "teacher_hidden": taught.last_hidden_state, "teacher_head": teacher.lm_head.weight,
+                    "kd_weight": 1.0, "output_hidden_states": bool(stage.state_weight),
+                }  # fmt: skip
+            outputs = model(ids, labels=ids, use_cache=False, loss_chunk=stage.loss_chunk, **distill)
+            loss = outputs.loss
+            if stage.state_weight:
+                loss = loss + state_distance(outputs.hidden_states[1:], taught.hidden_states[1:], ids >= 0)
+            del outputs, taught, distill
         if record.losses:
             loss = loss + stage.aux_weight * torch.stack(record.losses).mean()
         loss.backward()
@@ -167,6 +176,8 @@ def test_a_sliding_window_bounds_the_attention(tiny_dense):
         ({}, {"seq_len": 256, "gradient_checkpointing": True}),
         ({}, {"bf16": False}),
         ({}, {"kd_weight": 1.0}),
+        ({}, {"kd_weight": 1.0, "state_weight": 1.0, "seq_len": 256}),
+        ({}, {"kd_weight": 1.0, "state_weight": 1.0, "seq_len": 256, "gradient_checkpointing": True}),
         ({}, {"trains": "predictor"}),
         ({}, {"trains": "ffn"}),
         ({"predictor_form": "linear"}, {"seq_len": 128}),

@@ -73,6 +73,10 @@ def step_memory(
     else:
         held = dict.fromkeys(("loss", "backward"), layers * saved)
         whole = dict.fromkeys(("loss", "backward"), layers)
+    if stage.state_weight:
+        # The distances keep the differences for the backward pass; the teacher's states are gone by then.
+        held["loss"] += 2 * layers * inputs
+        held["backward"] += layers * inputs
     temporaries = {"loss": logits, "backward": tokens * _ffn_temporary_bytes(config, compute)}
     copies = {phase: _copied_bytes(config, stage, sharding, count) for phase, count in whole.items()}
     peak = max(held, key=lambda phase: held[phase] + temporaries[phase] + copies[phase])
