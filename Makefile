@@ -9,8 +9,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 demo: $(VENV)/.demo
 	$(BIN)/bankwise run recipes/smollm2-135m-cpu.yaml --overwrite
 
+# One process for each core, one thread each; the tests of a file stay together, because they share fixtures.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
