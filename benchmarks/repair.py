@@ -1,11 +1,13 @@
 """Planted faults: does the scan find the layer, and does the repair mend it?
 
-    python benchmarks/repair.py [--models FOLDER] [--trials 20] [--healthy 20] [--controls] [--csv out.csv]
+    python benchmarks/repair.py [--task text] [--models FOLDER] [--trials 20] [--healthy 20] [--controls] [--csv FILE]
 
-A small model that can do the common-words task (trained here in minutes, or taken from FOLDER) is damaged in one layer
-and handed to `scan` and `repair`, which are told nothing: five kinds of damage on every layer, a new seed each time.
-Healthy: conversions of the same dense model under other seeds, scanned on other rows. Controls: damage that one layer's
-choice of channels cannot mend. `regained` is measured on rows that neither scan nor repair has read.
+A small model (trained here, or taken from FOLDER) is damaged in one layer and handed to `scan` and `repair`, which are
+told nothing: five kinds of damage on every layer, a new seed each time. `--task counting`: a model that can do the
+common-words task, whose answer is what is measured. `--task text`: a language model of English text in which every
+feed-forward matters, measured by its loss on held-out text. Healthy: conversions of the same dense model under other
+seeds, scanned on other rows. Controls: damage that one layer's choice of channels cannot mend. `regained` is measured
+on rows of another seed than those of scan and repair.
 """
 
 import argparse
@@ -14,12 +16,15 @@ import hashlib
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from text_model import SOURCE, train_text_model
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import bankwise
 from bankwise.bench.results import write_rows
@@ -27,56 +32,130 @@ from bankwise.cache import cache_folder
 from bankwise.config import DataSource
 from bankwise.config.evaluation import CwePlan, EvaluationPlan, PerplexityPlan
 from bankwise.data.aggregation import aggregation_documents
-from bankwise.evaluation.cwe import measure_rows
-from bankwise.evaluation.ruler import generate
+from bankwise.data.windows import mixed_windows
+from bankwise.models.checkpoint import load_checkpoint
 from bankwise.repair import Patch, RepairSettings, Scan, faults
 from bankwise.repair.counting_model import CountingRows, counting_models, make_sparse
+from bankwise.repair.metrics import SampleSource, find_metric
 from bankwise.repair.prefix import PrefixReader
+from bankwise.upcycle import load_dense
 
-LENGTHS = [512, 640]
-LATE = 440  # damage that acts from this position on spares the shorter length
 SAMPLES = 16
 JUDGES = 24
-SHORT = 480
-TEXT = [DataSource(path="package:pydoc")]
+SOTU, PYDOC = DataSource(path=SOURCE), DataSource(path="package:pydoc")
 FIELDS = (
-    "kind", "layer", "seed", "verdict", "found", "affected", "fault", "remedy", "k", "healthy_nll", "damaged_nll",
-    "repaired_nll", "regained", "guards", "others_identical", "seconds",
+    "kind", "layer", "seed", "verdict", "found", "affected", "fault", "remedy", "k", "healthy", "damaged",
+    "repaired", "regained", "guards", "others_identical", "seconds",
 )  # fmt: skip
 
 
+@dataclass(kw_only=True)
+class Testbed:
+    """A healthy model, and how it is measured and mended."""
+
+    sparse: PreTrainedModel
+    companion: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    metric: str
+    lengths: list[int]
+    late: int
+    """Damage that acts from this position on spares the shorter length."""
+    read: list[DataSource]
+    """Text that the metric reads."""
+    learn: list[DataSource]
+    """Text that remedies learn from."""
+    guards: EvaluationPlan
+    windows: Tensor
+    """By which channels are sorted into banks."""
+    convert: Callable[[int], PreTrainedModel]
+    """Another healthy sparse model of the same companion, by seed."""
+
+
+def counting_testbed(folder: Path, texts: Path) -> Testbed:
+    sparse, companion, tokenizer = counting_models(folder)
+    for number, document in enumerate(aggregation_documents(tokenizer, seq_len=512, count=40, seed=777)):
+        (texts / f"{number}.txt").write_text(document.text, encoding="utf-8")
+    guards = EvaluationPlan(
+        suites=["perplexity", "cwe"],
+        perplexity=PerplexityPlan(
+            data=[DataSource(path=str(texts))], windows=16, seq_len=256, held_out_fraction=0.5, kl_to_dense=False
+        ),
+        cwe=CwePlan(lengths=[480], samples=16, permutation=["per_sample"], seed=91),
+    )
+    return Testbed(
+        sparse=sparse, companion=companion, tokenizer=tokenizer, metric="cwe_nll", lengths=[512, 640], late=440,
+        read=[], learn=[PYDOC], guards=guards, windows=CountingRows(tokenizer, 55).windows(16, 512),
+        convert=lambda seed: make_sparse(
+            companion, tokenizer, rank=32, steps=10, seed=100 + seed, say=lambda text: None
+        ),
+    )  # fmt: skip
+
+
+def text_testbed(folder: Path) -> Testbed:
+    if not (folder / "dense" / "config.json").is_file():
+        train_text_model(folder / "dense", "4M")
+    if not (folder / "sparse" / "summary.json").is_file():
+        run_text_recipe(folder / "dense", folder / "sparse", seed=0, tokens="240k")
+    tokenizer = load_checkpoint(folder / "sparse" / "checkpoint")[1]
+    guards = EvaluationPlan(
+        suites=["perplexity"],
+        perplexity=PerplexityPlan(data=[PYDOC], windows=24, seq_len=128, held_out_fraction=0.2, kl_to_dense=False),
+    )
+
+    def convert(seed: int) -> PreTrainedModel:
+        output = folder / f"healthy-{seed}"
+        if not (output / "summary.json").is_file():
+            run_text_recipe(folder / "dense", output, seed=100 + seed, tokens="20k")
+        return load_checkpoint(output / "checkpoint")[0]
+
+    return Testbed(
+        sparse=load_checkpoint(folder / "sparse" / "checkpoint")[0],
+        companion=load_dense(folder / "sparse" / "companion", tokenizer=False).model, tokenizer=tokenizer,
+        metric="perplexity:0-1K", lengths=[128, 256], late=140, read=[SOTU], learn=[SOTU], guards=guards,
+        windows=mixed_windows([SOTU], tokenizer, seq_len=256, num_windows=16, split="train", held_out_fraction=0.05),
+        convert=convert,
+    )  # fmt: skip
+
+
+def run_text_recipe(dense: Path, output: Path, *, seed: int, tokens: str) -> None:
+    """Sparse model and companion of the text model, trained on the same tokens; the companion teaches."""
+    recipe = {
+        "model": str(dense), "output": str(output), "sparsity": {"predictor_rank": 48}, "data": [{"path": SOURCE}],
+        "calibration": {"tokens": "32k", "seq_len": 256, "seed": seed}, "companion": True, "telemetry_steps": 0,
+        "stages": [{
+            "tokens": tokens, "seq_len": 256, "batch_tokens": 2048, "micro_batch": 8, "lr": 5e-4, "predictor_lr": 5e-4,
+            "ce_weight": 0.1, "kd_weight": 1.0, "teacher": "companion",
+        }],
+        "eval": {"windows": 64, "seq_len": 256, "batch_size": 16, "prompt": ""}, "seed": seed,
+    }  # fmt: skip
+    bankwise.run(recipe, overwrite=True, quiet=True)
+
+
 class Bench:
-    """The models, and what every trial shares."""
+    """What every trial shares."""
 
-    def __init__(self, folder: Path, texts: Path) -> None:
-        self.sparse, self.companion, self.tokenizer = counting_models(folder)
-        for number, document in enumerate(aggregation_documents(self.tokenizer, seq_len=512, count=40, seed=777)):
-            (texts / f"{number}.txt").write_text(document.text, encoding="utf-8")
-        self.guards = EvaluationPlan(
-            suites=["perplexity", "cwe"],
-            perplexity=PerplexityPlan(
-                data=[DataSource(path=str(texts))], windows=16, seq_len=256, held_out_fraction=0.5, kl_to_dense=False
-            ),
-            cwe=CwePlan(lengths=[SHORT], samples=16, permutation=["per_sample"], seed=91),
-        )
-        self.lists = CountingRows(self.tokenizer, 55).windows(16, 512)
+    def __init__(self, testbed: Testbed) -> None:
+        self.testbed = testbed
+        self.sparse, self.companion, self.tokenizer = testbed.sparse, testbed.companion, testbed.tokenizer
 
-    def nll(self, model: PreTrainedModel, length: int, seed: int = 4242) -> float:
-        rows = generate(
-            "cwe", self.tokenizer, max_seq_length=length, num_samples=24, seed=seed, permutation="per_sample"
-        )
-        records = measure_rows(PrefixReader(model, self.tokenizer), rows)
-        return sum(record.nll.total / record.nll.tokens for record in records) / len(records)
+    def loss(self, model: PreTrainedModel, length: int) -> float:
+        metric, source = find_metric(self.testbed.metric), SampleSource(
+            tokenizer=self.tokenizer, data=self.testbed.read
+        )  # fmt: skip
+        samples = metric.samples(source, length, 24, 4242)
+        values = metric.values(PrefixReader(model, self.tokenizer), samples)
+        return sum(values) / len(values)
 
     def scan(self, model: PreTrainedModel, seed: int) -> Scan:
         return bankwise.scan(
-            model, self.tokenizer, lengths=LENGTHS, samples=SAMPLES, companion=self.companion, seed=seed
-        )
+            model, self.tokenizer, self.testbed.metric, self.testbed.lengths, samples=SAMPLES,
+            companion=self.companion, data=self.testbed.read, seed=seed,
+        )  # fmt: skip
 
     def repair(self, model: PreTrainedModel, scan: Scan) -> Patch:
         return bankwise.repair(
-            model, self.tokenizer, scan=scan, companion=self.companion, data=TEXT, samples=JUDGES, guards=self.guards,
-            settings=RepairSettings(windows=24),
+            model, self.tokenizer, scan=scan, companion=self.companion, data=self.testbed.learn, samples=JUDGES,
+            guards=self.testbed.guards, settings=RepairSettings(windows=24),
         )  # fmt: skip
 
     def trial(self, kind: str, layers: tuple[int, ...], seed: int) -> dict[str, object]:
@@ -92,15 +171,15 @@ class Bench:
             "found": scan.finding.layer, "affected": "+".join(map(str, scan.affected)), "remedy": patch.remedy,
             "fault": patch.figures.get("diagnosis", {}).get("fault", ""), "k": patch.active_per_bank or "",
         }  # fmt: skip
-        length = max(scan.affected, default=LENGTHS[-1])
-        healthy, damaged = self.nll(self.sparse, length), self.nll(model, length)
+        length = max(scan.affected, default=self.testbed.lengths[-1])
+        healthy, damaged = self.loss(self.sparse, length), self.loss(model, length)
         patch.apply(model)
-        repaired = self.nll(model, length)
+        repaired = self.loss(model, length)
         own = f"model.layers.{patch.layer}.mlp."
         after = hashes(model)
         acceptance = patch.figures["tried"][-1]["acceptance"] if patch.is_repair else {}
         return row | {
-            "healthy_nll": f"{healthy:.4f}", "damaged_nll": f"{damaged:.4f}", "repaired_nll": f"{repaired:.4f}",
+            "healthy": f"{healthy:.4f}", "damaged": f"{damaged:.4f}", "repaired": f"{repaired:.4f}",
             "regained": f"{(damaged - repaired) / (damaged - healthy):.3f}" if damaged - healthy > 1e-3 else "",
             "guards": acceptance.get("accepted", ""),
             "others_identical": all(after[name] == value for name, value in before.items() if not name.startswith(own)),
@@ -112,8 +191,8 @@ class Bench:
             "scrambled predictor": faults.scramble_predictor,
             "noise in the predictor": faults.add_predictor_noise,
             "4 of 64 channels": faults.keep_few,
-            "sorted banks": faults.sort_banks(self.lists),
-            "scrambled late": faults.scramble_late(LATE),
+            "sorted banks": faults.sort_banks(self.testbed.windows),
+            "scrambled late": faults.scramble_late(self.testbed.late),
             "noise in down_proj": faults.add_down_noise,
         }[kind]
 
@@ -140,8 +219,7 @@ def hashes(model: PreTrainedModel) -> dict[str, str]:
 def healthy(bench: Bench, first: int, count: int) -> Iterator[dict[str, object]]:
     for seed in range(first, first + count):
         started = time.perf_counter()
-        model = make_sparse(bench.companion, bench.tokenizer, rank=32, steps=10, seed=100 + seed, say=lambda text: None)
-        finding = bench.scan(model, 1000 + seed).finding
+        finding = bench.scan(bench.testbed.convert(seed), 1000 + seed).finding
         yield {
             "kind": "healthy", "seed": seed, "verdict": finding.verdict, "found": finding.layer,
             "affected": "+".join(map(str, finding.lengths)), "seconds": f"{time.perf_counter() - started:.0f}",
@@ -150,7 +228,8 @@ def healthy(bench: Bench, first: int, count: int) -> Iterator[dict[str, object]]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=cache_folder("counting-model"))
+    parser.add_argument("--task", choices=["counting", "text"], default="text")
+    parser.add_argument("--models", type=Path, help="folder of the models; default: in the cache")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--healthy", type=int, default=20)
     parser.add_argument("--first", type=int, default=0, help="number of the first trial, to share the work")
@@ -160,7 +239,8 @@ def main() -> int:
     torch.set_num_threads(1)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as texts:
-        bench = Bench(options.models, Path(texts))
+        folder = options.models or cache_folder(f"{options.task}-model")
+        bench = Bench(text_testbed(folder) if options.task == "text" else counting_testbed(folder, Path(texts)))
         depth = bench.sparse.config.num_hidden_layers
         trials = list(planted(options.first, options.trials, depth)) + (
             list(controls(depth)) if options.controls else []
