@@ -205,7 +205,7 @@ def test_a_dry_run_refuses_what_the_run_would(recipe, tmp_path, capfd):
 def test_env_names_the_versions(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
-    for name in ("bankwise", "python", "torch", "transformers", "accelerate", "cpu", "cuda", "kernel"):
+    for name in ("bankwise", "python", "torch", "transformers", "accelerate", "cpu", "cuda", "bf16", "kernel"):
         assert f"{name} " in out
 
 

@@ -467,6 +467,9 @@ def _env(options: argparse.Namespace) -> int:
     import torch
     import transformers
 
+    from bankwise.precision import multiplies_bf16
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = {
         "bankwise": bankwise.__version__,
         "python": platform.python_version(),
@@ -477,6 +480,7 @@ def _env(options: argparse.Namespace) -> int:
         "datasets": datasets.__version__,
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
+        "bf16": "autocast" if multiplies_bf16(device) else "off: slow bfloat16 products, training is in float32",
         "kernel": _kernel_line(),
         "gpu kernel": _gpu_kernel_line(),
     }
