@@ -95,7 +95,7 @@ def text_testbed(folder: Path) -> Testbed:
     if not (folder / "dense" / "config.json").is_file():
         train_text_model(folder / "dense", "4M")
     if not (folder / "sparse" / "summary.json").is_file():
-        run_text_recipe(folder / "dense", folder / "sparse", seed=0, tokens="240k")
+        run_text_recipe(folder / "dense", folder / "sparse", seed=0, tokens="120k")
     tokenizer = load_checkpoint(folder / "sparse" / "checkpoint")[1]
     guards = EvaluationPlan(
         suites=["perplexity"],
