@@ -6,8 +6,9 @@ A small model (trained here, or taken from FOLDER) is damaged in one layer and h
 told nothing: five kinds of damage on every layer, a new seed each time. `--task counting`: a model that can do the
 common-words task, whose answer is what is measured. `--task text`: a language model of English text in which every
 feed-forward matters, measured by its loss on held-out text. Healthy: conversions of the same dense model under other
-seeds, scanned on other rows. Controls: damage that one layer's choice of channels cannot mend. `regained` is measured
-on rows of another seed than those of scan and repair.
+seeds, scanned on other rows. Controls: damage that one layer's choice of channels cannot mend, and banks of like
+channels, which may cost too little to be seen. `regained` is measured on rows of another seed than those of scan and
+repair.
 """
 
 import argparse
@@ -191,13 +192,14 @@ class Bench:
             "scrambled predictor": faults.scramble_predictor,
             "noise in the predictor": faults.add_predictor_noise,
             "4 of 64 channels": faults.keep_few,
+            "permuted banks": faults.permute_banks,
             "sorted banks": faults.sort_banks(self.testbed.windows),
             "scrambled late": faults.scramble_late(self.testbed.late),
             "noise in down_proj": faults.add_down_noise,
         }[kind]
 
 
-KINDS = ("scrambled predictor", "noise in the predictor", "4 of 64 channels", "scrambled late", "sorted banks")
+KINDS = ("scrambled predictor", "noise in the predictor", "4 of 64 channels", "scrambled late", "permuted banks")
 
 
 def planted(first: int, count: int, layers: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
@@ -208,6 +210,7 @@ def planted(first: int, count: int, layers: int) -> Iterator[tuple[str, tuple[in
 def controls(layers: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
     for layer in range(layers):
         yield "noise in down_proj", (layer,), layer
+        yield "sorted banks", (layer,), layer
     yield "4 of 64 channels", (0, layers - 1), 0
     yield "scrambled predictor", (0, layers - 1), 0
 

@@ -26,6 +26,7 @@ FAULTS: dict[str, Any] = {
     "noise": faults.add_predictor_noise,
     "few": faults.keep_few,
     "sorted": lambda model, layer, seed: faults.sort_banks(windows())(model, layer, seed),
+    "permuted": faults.permute_banks,
     "down": faults.add_down_noise,
     "late": faults.scramble_late(20),
 }
@@ -75,6 +76,16 @@ def test_sorted_banks_leave_the_dense_function_alone(untrained: Untrained) -> No
     assert torch.allclose(sparse.down_proj(sparse.dense_activation(x)), dense, atol=1e-5)
     # Each channel takes its logit along.
     assert torch.allclose(sparse.logits(x)[:, sparse.predictor.bank_layout.argsort()], logits, atol=1e-5)
+
+
+def test_permuted_banks_leave_the_dense_function_and_the_logits_alone(untrained: Untrained) -> None:
+    model = untrained()
+    sparse = sparse_layers(model)[LAYER]
+    x = torch.randn(30, 64, generator=torch.Generator().manual_seed(0))
+    dense, logits = sparse.down_proj(sparse.dense_activation(x)), sparse.logits(x)
+    faults.permute_banks(model, LAYER, 0)
+    assert torch.allclose(sparse.down_proj(sparse.dense_activation(x)), dense, rtol=1e-4, atol=1e-3)
+    assert torch.equal(sparse.logits(x), logits)
 
 
 def test_late_damage_spares_the_early_positions(untrained: Untrained) -> None:

@@ -17,6 +17,7 @@ from bankwise.repair.banks import permute_layer
 from bankwise.repair.changes import find_layer
 from bankwise.repair.patch import set_active
 from bankwise.repair.training_data import ffn_inputs
+from bankwise.upcycle.permutation import permute_channels
 from bankwise.upcycle.statistics import channel_values
 
 _FEW = 4
@@ -66,6 +67,14 @@ def sort_banks(windows_WS: Tensor) -> Fault:
         permute_layer(sparse, channel_values(sparse, inputs_TD)[2].mean(dim=0).argsort(descending=True))
 
     return plant
+
+
+@torch.no_grad()
+def permute_banks(model: PreTrainedModel, layer: int, seed: int) -> None:
+    """Channels are dealt anew into banks, and the predictor is not told: a bank layout that half of a file missed."""
+    sparse = find_layer(model, layer)
+    channels = sparse.gate_proj.out_features
+    permute_channels(sparse, torch.randperm(channels, generator=torch.Generator().manual_seed(seed)))
 
 
 @torch.no_grad()
