@@ -25,7 +25,7 @@ from bankwise.ffn import RoutingRecord, record_routing, sparse_layers
 from bankwise.ffn.precision import bf16_router_products
 from bankwise.files import remove_leftovers, sync
 from bankwise.models.document_attention import check_document_attention, document_attention
-from bankwise.processes import join_processes
+from bankwise.processes import join_processes, own_device
 from bankwise.training.checkpointing import (
     CheckpointingTrainer,
     SaveInTime,
@@ -353,10 +353,10 @@ def _own_arguments(stage: Stage, output: Path, seed: int) -> dict[str, Any]:
         "logging_steps": stage.log_steps,
         "logging_nan_inf_filter": False,
         "seed": seed,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": own_device().type == "cpu",
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_pin_memory": own_device().type == "cuda",
     } | scheduler_arguments(stage)
 
 
