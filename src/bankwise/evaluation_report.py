@@ -37,7 +37,7 @@ def run_models(folder: Path) -> dict[str, str | Path]:
 
 
 def plan_values(recipe: Recipe) -> list[str]:
-    """Overrides that make a plan read the held-out text of a recipe: its sources, its split, its seed, and on its device."""
+    """Overrides that make a plan read the held-out text of a recipe (sources, split, seed) on the recipe's device."""
     sources = [
         {"path": source.path, "weight": source.weight, "text_field": source.text_field} for source in recipe.data
     ]
