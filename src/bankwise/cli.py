@@ -262,6 +262,7 @@ def _upcycle(options: argparse.Namespace) -> int:
     from bankwise.ffn.allocator import keep_freed_memory
     from bankwise.models.checkpoint import save_checkpoint
     from bankwise.pipeline import conversion_line
+    from bankwise.processes import on_own_device, use_device
     from bankwise.upcycle import convert, load_dense
 
     keep_freed_memory()
@@ -279,7 +280,9 @@ def _upcycle(options: argparse.Namespace) -> int:
             held_out_fraction=recipe.held_out_fraction,
             seed=settings.seed,
         )
-    conversion = convert(dense.model, recipe.sparsity, windows, settings, progress=not options.quiet)
+    use_device(recipe.device)
+    with on_own_device(dense.model):
+        conversion = convert(dense.model, recipe.sparsity, windows, settings, progress=not options.quiet)
     save_checkpoint(conversion.model, dense.tokenizer, options.output)
     write_json(options.output / "upcycle.json", conversion.report)
     print(f"{conversion_line(conversion.report)}\ncheckpoint  {options.output}")

@@ -37,7 +37,7 @@ def run_models(folder: Path) -> dict[str, str | Path]:
 
 
 def plan_values(recipe: Recipe) -> list[str]:
-    """Overrides that make a plan read the held-out text of a recipe: its sources, its split, its seed."""
+    """Overrides that make a plan read the held-out text of a recipe (sources, split, seed) on the recipe's device."""
     sources = [
         {"path": source.path, "weight": source.weight, "text_field": source.text_field} for source in recipe.data
     ]
@@ -45,6 +45,7 @@ def plan_values(recipe: Recipe) -> list[str]:
         f"perplexity.data={json.dumps(sources)}",
         f"perplexity.held_out_fraction={recipe.held_out_fraction}",
         f"seed={recipe.seed}",
+        f"device={recipe.device}",
     ]
 
 

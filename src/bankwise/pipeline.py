@@ -34,7 +34,15 @@ from bankwise.inference import generate_text
 from bankwise.models.checkpoint import load_checkpoint, save_checkpoint
 from bankwise.models.cost import token_cost
 from bankwise.models.modeling import use_chunked_loss
-from bankwise.processes import from_main, is_main, join_processes, main_first, wait_for_all
+from bankwise.processes import (
+    from_main,
+    is_main,
+    join_processes,
+    main_first,
+    on_own_device,
+    use_device,
+    wait_for_all,
+)
 from bankwise.provenance import environment
 from bankwise.report import write_report
 from bankwise.training import COMPANION, train_stages, trained_tokens
@@ -238,6 +246,7 @@ def _check_trainer(recipe: Recipe) -> None:
 def check_processes(recipe: Recipe) -> None:
     """Join the processes of this launch; refuse a launch, or a stage for it, that would not do what the recipe says."""
     check_launch()
+    use_device(recipe.device)
     processes = join_processes()
     for stage in recipe.stages:
         stage.accumulation(processes)
@@ -361,10 +370,11 @@ def measure(recipe: Recipe, model: PreTrainedModel, data: RunData, *, tokens: in
     """One row of the final table."""
 
     def measured() -> dict[str, Any]:
-        result, recall = perplexity_and_recall(
-            model, data.held_out, batch_size=recipe.eval.batch_size, bf16=recipe.eval.bf16
-        )
-        active = active_fraction(model, next(iter(data.held_out.values()))[:1])
+        with on_own_device(model):
+            result, recall = perplexity_and_recall(
+                model, data.held_out, batch_size=recipe.eval.batch_size, bf16=recipe.eval.bf16
+            )
+            active = active_fraction(model, next(iter(data.held_out.values()))[:1])
         cost = token_cost(model.config, dtype_bytes=model.dtype.itemsize, active_fraction=active)
         return result.to_dict() | {
             "tokens": tokens,
@@ -472,7 +482,10 @@ def _converted(
         wait_for_all()
         return load_checkpoint(target, dtype=torch.float32)[0]
     say(f"upcycling {dense.name} ({recipe.calibration.tokens} calibration tokens)")
-    conversion = convert(dense.model, recipe.sparsity, data.calibration, recipe.calibration, progress=not quiet)
+    with on_own_device(dense.model):
+        conversion = convert(dense.model, recipe.sparsity, data.calibration, recipe.calibration, progress=not quiet)
+    converted: Any = conversion.model
+    converted.cpu()
     say(conversion_line(conversion.report))
     save_checkpoint(conversion.model, dense.tokenizer, target)
     write_json(folder / "upcycle.json", conversion.report)
@@ -516,6 +529,7 @@ class _Job:
             self.recipe, model, self.data, self.folder, name, self.tokenizer,
             teacher=teacher, resume=self.resume, quiet=self.quiet,
         )  # fmt: skip
+        _free_memory()  # what the trainer held
         return measure(self.recipe, model, self.data, tokens=tokens)
 
     def continuation(self, model: PreTrainedModel) -> str:
@@ -523,7 +537,12 @@ class _Job:
         if not self.recipe.eval.prompt:
             return ""
         prompt, new_tokens = self.recipe.eval.prompt, self.recipe.eval.new_tokens
-        return from_main(lambda: generate_text(model.eval(), self.tokenizer, prompt, max_new_tokens=new_tokens))
+
+        def generated() -> str:
+            with on_own_device(model):
+                return generate_text(model.eval(), self.tokenizer, prompt, max_new_tokens=new_tokens)
+
+        return from_main(generated)
 
 
 class _Speaker:

@@ -1,4 +1,5 @@
-"""The processes of one launch (`accelerate launch`, `torchrun`): who writes, who waits, what all must know.
+"""The processes of one launch (`accelerate launch`, `torchrun`): who writes, who waits, what all must know, and the
+device that each works on.
 
 Work that needs one process (conversion, measuring, files) is done by the main one, rank 0; training by all. A failure
 of one process ends it, and the launcher then ends the others, so nothing here waits for a process that has failed.
@@ -15,14 +16,54 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from bankwise.config import Device
+from bankwise.errors import ConfigError
+
 T = TypeVar("T")
 
 _LONGEST_WORK = timedelta(hours=6)  # of the main process alone, while the others wait for it
 
 
+def use_device(choice: Device) -> None:
+    """Decide on what the processes of this launch work from here on: conversion, training and measuring.
+
+    `auto`: a CUDA device where there is one, the CPU elsewhere. Without this call it is `auto`.
+    """
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda', but torch sees no CUDA device; use device=auto or device=cpu")
+    wants_cpu = choice == "cpu" or not torch.cuda.is_available()
+    if PartialState._shared_state and (PartialState().device.type == "cpu") != wants_cpu:
+        PartialState._reset_state()  # an earlier run in this Python session worked on another device
+    _join(cpu=wants_cpu)
+
+
+def own_device() -> torch.device:
+    """The device that this process works on: with several processes on one machine, the GPU of its local rank."""
+    return _join(cpu=not torch.cuda.is_available()).device
+
+
+@contextmanager
+def on_own_device(model: nn.Module) -> Iterator[None]:
+    """`model` on this process's device for the work inside, and then back where it was.
+
+    Models are loaded into the machine's memory and stay there, so that a GPU holds those at work only: beside the one
+    that is trained, none but its teacher.
+    """
+    home = next(model.parameters()).device
+    model.to(own_device())
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
 def join_processes() -> int:
-    """Number of processes of this launch. The first call joins them: NCCL where there is a GPU, gloo elsewhere."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST_WORK).num_processes
+    """Number of processes of this launch. The first call joins them: NCCL where they work on GPUs, gloo elsewhere."""
+    return _join(cpu=not torch.cuda.is_available()).num_processes
+
+
+def _join(*, cpu: bool) -> PartialState:
+    return PartialState(cpu=cpu, timeout=_LONGEST_WORK)  # its settings are those of the first call
 
 
 def is_main() -> bool:

@@ -13,16 +13,18 @@ import transformers
 
 from bankwise import __version__
 from bankwise.precision import multiplies_bf16
+from bankwise.processes import own_device
 
 
 def environment(seconds: float) -> dict[str, Any]:
     """Command, revision, device, versions, wall time and peak memory of this process, for a report's last section."""
+    device = own_device()
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_revision": _git_revision(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": platform.processor() or "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
-        "bfloat16_products": multiplies_bf16("cuda" if torch.cuda.is_available() else "cpu"),
+        "bfloat16_products": multiplies_bf16(device.type),
         "versions": {
             "bankwise": __version__,
             "python": platform.python_version(),

@@ -1,6 +1,7 @@
 """Typed settings of a model (`SparsityConfig`), of a run (`Recipe`) and of a measurement (`EvaluationPlan`)."""
 
 from bankwise.config.data import DataSource, Packing
+from bankwise.config.device import Device
 from bankwise.config.evaluation import (
     BenchmarksPlan,
     CwePlan,
@@ -22,6 +23,7 @@ __all__ = [
     "Control",
     "CwePlan",
     "DataSource",
+    "Device",
     "EvalConfig",
     "EvaluationPlan",
     "Packing",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from bankwise.config.data import DataSource
+from bankwise.config.device import Device
 from bankwise.errors import ConfigError
 
 Suite = Literal["perplexity", "benchmarks", "ruler", "cwe", "routing"]
@@ -180,6 +181,10 @@ class EvaluationPlan:
 
     bf16: bool = False
     """bfloat16 autocast where a pass reads many tokens; single decoding steps stay in the model's own dtype."""
+
+    device: Device = "auto"
+    """Where models that are named by their folders are read. `auto`: a CUDA device where there is one, otherwise the
+    CPU. A model that is given as an object is read where it is."""
 
     seed: int = 0
     """Seed of window choice and of bootstrap intervals."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from bankwise.config.amounts import parse_tokens
 from bankwise.config.data import DataSource
+from bankwise.config.device import Device
 from bankwise.config.sparsity import SparsityConfig
 from bankwise.config.stage import Stage
 from bankwise.errors import ConfigError
@@ -141,6 +142,10 @@ class Recipe:
 
     seed: int = 0
     """Seed of data order, initialisation and training."""
+
+    device: Device = "auto"
+    """Where models are converted, trained and measured. `auto`: a CUDA device (with several processes on a machine,
+    each its own) where there is one, otherwise the CPU."""
 
     threads: int = 0
     """CPU threads; 0: the default of torch."""

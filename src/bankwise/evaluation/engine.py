@@ -151,6 +151,8 @@ class Engine:
         """Special tokens that the tokenizer puts before a text by default (bos, or nothing)."""
         self.settings = {"bf16": self.bf16, "context": self.context, "tokenizer": tokenizer_fingerprint(tokenizer)}
         """What a reading depends on besides the prompt and the weights."""
+        if self.device.type != "cpu":
+            self.settings["device"] = self.device.type  # sums in another order: other last digits
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens."""

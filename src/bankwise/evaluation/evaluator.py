@@ -29,6 +29,7 @@ from bankwise.evaluation.perplexity import active_fraction
 from bankwise.evaluation.reading_cache import ReadingCache, model_fingerprint
 from bankwise.evaluation.suites import SuiteResult, benchmarks, cwe, perplexity, routing, ruler
 from bankwise.models.cost import token_cost
+from bankwise.processes import own_device, use_device
 from bankwise.provenance import environment
 from bankwise.upcycle import describe_model, load_model
 
@@ -91,15 +92,16 @@ def evaluate_models(
     figures to a column's description, such as its trained tokens.
     """
     tokenizer = check_models(models, plan, baselines)
+    use_device(plan.device)
     job = _Job(plan, tokenizer, cache or cache_folder("readings"), say, progress)
     order = [name for name in COLUMNS if name in models]
     columns: list[ColumnScores] = []
     for name in order:
         say(f"{COLUMNS[name]} ({len(columns) + 1} of {len(order) + len(baselines)}): {models[name]}")
-        model, _ = load_model(models[name])
+        model = _on_device(models[name])
         fingerprint = model_fingerprint(model)
         if name == "dense":
-            job.reference = perplexity.DenseReference(fingerprint, lambda: load_model(models["dense"])[0])
+            job.reference = perplexity.DenseReference(fingerprint, lambda: _on_device(models["dense"]))
         own = {"model": str(models[name]), **(about or {}).get(name, {})}
         if name == "dense_narrow" and "dense" in models:
             share = model.config.intermediate_size / describe_model(models["dense"])[0].intermediate_size
@@ -109,6 +111,12 @@ def evaluate_models(
     if baselines:
         columns += _baseline_columns(job, models, baselines, columns)
     return compare(columns, _provenance(job, models, baselines, columns), plan.seed)
+
+
+def _on_device(source: str | Path) -> PreTrainedModel:
+    model: Any = load_model(source)[0]
+    moved: PreTrainedModel = model.to(own_device())
+    return moved
 
 
 @dataclass
@@ -157,7 +165,7 @@ def _baseline_columns(
     job: _Job, models: Mapping[str, str | Path], baselines: Sequence[str], measured: Sequence[ColumnScores]
 ) -> list[ColumnScores]:
     """The dense model under each rule, at the active fraction of the sparse column (a quarter where there is none)."""
-    dense, _ = load_model(models["dense"])
+    dense = _on_device(models["dense"])
     fingerprint = model_fingerprint(dense)
     sparse = next((models[name] for name in ("sparse", "repaired", "untrained") if name in models), None)
     sparsity = SparsityConfig() if sparse is None else SparsityConfig.from_dict(describe_model(sparse)[0].sparsity)

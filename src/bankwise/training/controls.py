@@ -19,6 +19,7 @@ from bankwise.errors import ConfigError
 from bankwise.ffn import sparse_layers
 from bankwise.ffn.predictor import Predictor
 from bankwise.models.checkpoint import load_checkpoint
+from bankwise.processes import on_own_device
 from bankwise.upcycle.narrow import narrow_dense
 
 DENSE_NARROW = "dense_narrow"
@@ -92,8 +93,11 @@ def control_model(
     channels are chosen on the `calibration` windows.
     """
     if name == DENSE_NARROW:
-        return narrow_dense(dense, fraction, calibration=calibration)
-    model, _ = load_checkpoint(untrained, dtype=torch.float32)
+        with on_own_device(dense):
+            narrow: Any = narrow_dense(dense, fraction, calibration=calibration)
+        model: PreTrainedModel = narrow.cpu()
+        return model
+    model = load_checkpoint(untrained, dtype=torch.float32)[0]
     set_sparsity(model, control_sparsity(name, recipe))
     if name == "random_predictor":
         generator = torch.Generator().manual_seed(recipe.seed)

