@@ -112,7 +112,9 @@ def test_the_gguf_file_holds_the_same_model(family, tmp_path):
     llama_cpp_baseline.write_gguf(model, tmp_path / "model.gguf")
     read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).eval()
     ids = torch.randint(1, 300, (1, 12), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(read(ids).logits, model.float()(ids).logits)
+    expected = model.float()(ids).logits
+    # Its product with packed matrices rounds; rows in a wrong order would give about 1.
+    assert (read(ids).logits - expected).square().mean() < 0.01**2 * expected.square().mean()
 
 
 @needs_llama_cpp
