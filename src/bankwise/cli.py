@@ -169,10 +169,12 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     )
 
     sub = command("bench", _bench, "time sparse against dense, interleaved; random weights, nothing to download")
-    sub.add_argument("what", choices=["ffn", "decode", "prefill", "train-step"])
+    sub.add_argument("what", choices=["ffn", "decode", "prefill", "train-step", "crossover"])
     sub.add_argument("--shape", default="smollm2-135m", help="model shape: %(default)s, qwen2.5-1.5b, qwen2.5-7b")
     sub.add_argument("--tokens", type=int, help="tokens at once (ffn: 1, prefill: 256, train-step: 1024)")
-    sub.add_argument("--pairs", type=int, help="pairs of measurements (ffn: 20, decode and train-step: 8, prefill: 6)")
+    sub.add_argument(
+        "--pairs", type=int, help="pairs of measurements (ffn, crossover: 20, decode and train-step: 8, prefill: 6)"
+    )
     sub.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="(%(default)s)")
     sub.add_argument("--form", choices=["gated_product", "linear"], default="gated_product", help="(%(default)s)")
     sub.add_argument("--int8", action="store_true", help="ffn, decode: 8-bit weights")
@@ -180,6 +182,9 @@ def _parser(*, with_fields: bool) -> argparse.ArgumentParser:
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ffn: where it runs (%(default)s)")
     sub.add_argument(
         "--idle", action="store_true", help="count only pairs while other processes use under 10 %% of a core"
+    )
+    sub.add_argument(
+        "--save", action="store_true", help="crossover: keep the result, which dispatch then goes by on this machine"
     )
     sub.add_argument("--threads", type=int, help="threads of torch (default: all cores)")
     sub.add_argument("--csv", type=Path, help="also write the rows here")
@@ -441,27 +446,34 @@ def _bench(options: argparse.Namespace) -> int:
         settings["pairs"] = options.pairs
     if options.tokens is not None:
         most = library.MAX_TOKENS if options.what == "ffn" else 4096
-        if options.what == "decode" or not 1 <= options.tokens <= most:
+        if options.what in ("decode", "crossover") or not 1 <= options.tokens <= most:
             raise ConfigError(
-                f"tokens={options.tokens} does not fit `bench {options.what}`; ffn takes 1 to 8, decode none"
+                f"tokens={options.tokens} does not fit `bench {options.what}`; ffn takes 1 to 8, decode and crossover "
+                "none"
             )
         settings["tokens"] = options.tokens
     if options.what != "train-step":
         settings["dtype"] = getattr(torch, options.dtype)
+    if options.save and options.what != "crossover":
+        raise ConfigError(f"--save keeps what `bench crossover` measures; leave it out for `bench {options.what}`")
     if on_gpu:
         results = bench.bench_ffn_cuda(shape, **settings)
     elif options.what == "ffn":
         results = bench.bench_ffn(shape, int8=options.int8, compiled=not options.no_compile, **settings)
     elif options.what == "decode":
         results = bench.bench_decode(shape, weights="int8" if options.int8 else "as_is", **settings)
+    elif options.what == "crossover":
+        results = bench.bench_crossover(shape, save=options.save, **settings)
     elif options.what == "prefill":
         results = bench.bench_prefill(shape, **settings)
     else:
         results = bench.bench_train_step(shape, **settings)
     bench.print_table(results)
+    if options.what == "crossover" and results[-1].status == "ok":
+        print(f"crossover: the operator takes up to {bench.crossover_of(results)} tokens at once")
     if options.csv is not None:
         bench.write_csv(results, options.csv)
-    return 1 if any(result.status != "ok" for result in results) else 0
+    return 1 if any(result.status == "wrong" for result in results) else 0
 
 
 def _env(options: argparse.Namespace) -> int:
@@ -470,6 +482,7 @@ def _env(options: argparse.Namespace) -> int:
     import torch
     import transformers
 
+    from bankwise.bench import llama_cpp_baseline
     from bankwise.precision import multiplies_bf16
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -486,6 +499,7 @@ def _env(options: argparse.Namespace) -> int:
         "bf16": "autocast" if multiplies_bf16(device) else "off: slow bfloat16 products, training is in float32",
         "kernel": _kernel_line(),
         "gpu kernel": _gpu_kernel_line(),
+        "llama.cpp": llama_cpp_baseline.version_line(),
     }
     for name, value in rows.items():
         print(f"{name:13} {value}")
@@ -494,6 +508,7 @@ def _env(options: argparse.Namespace) -> int:
 
 def _kernel_line() -> str:
     from bankwise.kernels import dispatch
+    from bankwise.kernels.cpu import crossover
 
     if dispatch.requested_kernel() == "reference":
         return "reference (PyTorch, masked dense): BANKWISE_KERNEL=reference"
@@ -502,7 +517,14 @@ def _kernel_line() -> str:
     operators = dispatch.cpu_operators()
     if operators.kernel == "reference":
         return f"reference (PyTorch, masked dense): {operators.reason}"
-    return f"cpu: {operators.reason}; up to {dispatch.MAX_DECODE_TOKENS} tokens at once, the reference above"
+    if dispatch.requested_kernel() == "cpu":
+        return f"cpu: {operators.reason}; up to {dispatch.MAX_DECODE_TOKENS} tokens at once: BANKWISE_KERNEL=cpu"
+    if (tokens := crossover.requested_tokens()) is not None:
+        return f"cpu: {operators.reason}; up to {tokens} tokens at once: BANKWISE_MAX_TOKENS"
+    measured = crossover.num_measured()
+    return f"cpu: {operators.reason}; up to {dispatch.MAX_DECODE_TOKENS} tokens at once, the reference above" + (
+        f" ({measured} measured crossovers in {crossover.measured_path()})" if measured else ""
+    )
 
 
 def _gpu_kernel_line() -> str:

@@ -211,6 +211,120 @@ def check_unit_gate(seed: int) -> None:
     assert ((dz_TF.double() - exact[1].grad).abs() <= bound.flatten(-2)).all(), (seed, shape)
 
 
+@dataclass
+class AttentionCase:
+    head: int = 16
+    groups: int = 2
+    shared: int = 2
+    hidden: int = 64
+    length: int = 9
+    dtype: torch.dtype = torch.float32
+    bias: bool = False
+    head_norms: bool = False
+    room: int = 0
+    """Tokens that the cache has room for beyond its length, as a static cache: strides then differ from sizes."""
+    seed: int = 0
+
+    def draw(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
+        self.seed += 1
+        generator = torch.Generator().manual_seed(self.seed)
+        return (torch.randn(shape, generator=generator) * scale + shift).to(self.dtype)
+
+
+def attention_input_arguments(case: AttentionCase) -> tuple:
+    heads = case.groups * case.shared
+    rows = [heads * case.head, case.groups * case.head, case.groups * case.head]
+    projections = [case.draw(count, case.hidden, scale=case.hidden**-0.5) for count in rows]
+    biases = [case.draw(count) if case.bias else None for count in rows]
+    norms = [case.draw(case.head, scale=0.1, shift=1.0) if case.head_norms else None for _ in range(2)]
+    angles = torch.outer(torch.tensor([37.0]), 10000.0 ** -torch.linspace(0, 1, case.head // 2)).repeat(1, 2)
+    cos, sin = (value.to(case.dtype)[None] for value in (angles.cos(), angles.sin()))
+    x = case.draw(1, 1, case.hidden, scale=3.0)
+    norm = case.draw(case.hidden, scale=0.1, shift=1.0)
+    return (x, norm, 1e-5, *projections, *biases, *norms, cos, sin)
+
+
+def attention_output_arguments(case: AttentionCase) -> tuple:
+    heads = case.groups * case.shared
+    query = case.draw(1, heads, 1, case.head, scale=2.0)
+    keys, values = (case.draw(1, case.groups, case.length + case.room, case.head) for _ in range(2))
+    keys, values = keys[:, :, : case.length], values[:, :, : case.length]
+    weight = case.draw(case.hidden, heads * case.head, scale=(heads * case.head) ** -0.5)
+    bias = case.draw(case.hidden) if case.bias else None
+    return query, keys, values, case.head**-0.5, weight, bias, case.draw(1, 1, case.hidden)
+
+
+def attention_input_reference(dtype: torch.dtype, *arguments) -> tuple[torch.Tensor, ...]:
+    """The definition in PyTorch, computed in `dtype`."""
+    x, norm, epsilon, *rest = (value.to(dtype) if isinstance(value, torch.Tensor) else value for value in arguments)
+    projections, biases, head_norms, (cos, sin) = rest[:3], rest[3:6], [*rest[6:8], None], rest[8:]
+
+    def normalised(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        wide = value if dtype == torch.float64 else value.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(dtype) * weight
+
+    results = []
+    for place, (weight, bias, head_norm) in enumerate(zip(projections, biases, head_norms, strict=True)):
+        head = functional.linear(normalised(x, norm), weight, bias).unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2)
+        if head_norm is not None:
+            head = normalised(head, head_norm)
+        if place < 2:
+            low, high = head.chunk(2, dim=-1)
+            head = head * cos + torch.cat([-high, low], dim=-1) * sin
+        results.append(head)
+    return tuple(results)
+
+
+def attention_output_reference(dtype: torch.dtype, *arguments) -> torch.Tensor:
+    """The definition in PyTorch, computed in `dtype`."""
+    query, keys, values, scale, weight, bias, residual = (
+        value.to(dtype) if isinstance(value, torch.Tensor) else value for value in arguments
+    )
+    shared = query.shape[1] // keys.shape[1]
+    keys, values = (value.repeat_interleave(shared, dim=1) for value in (keys, values))
+    scores = query @ keys.transpose(-1, -2) * scale
+    heads = scores.softmax(dim=-1) @ values
+    return residual + functional.linear(heads.transpose(1, 2).flatten(2), weight, bias)
+
+
+def random_attention_case(seed: int) -> AttentionCase:
+    draw = random.Random(seed)
+    return AttentionCase(
+        head=draw.choice([2, 4, 6, 16, 34, 64, 66, 96, 128]),
+        groups=draw.randint(1, 4),
+        shared=draw.randint(1, 7),
+        hidden=draw.choice([1, 7, 16, 33, 64, 100, 257]),
+        length=draw.choice([1, 2, 3, 15, 16, 17, 64, 65, 200]),
+        dtype=draw.choice([torch.float32, torch.bfloat16]),
+        bias=draw.random() < 0.5,
+        head_norms=draw.random() < 0.5,
+        room=draw.choice([0, 0, 5]),
+        seed=1000 * seed,
+    )
+
+
+@torch.no_grad()
+def check_attention(case: AttentionCase) -> None:
+    """Both operators of a decoder layer's attention: at most twice the error of PyTorch in the same dtype."""
+    # One column may cancel, as in check_case; bfloat16 results are rounded once more than their sums.
+    floor = 2e-6 if case.dtype == torch.float32 else 8e-3
+    arguments = attention_input_arguments(case)
+    exact = attention_input_reference(torch.float64, *arguments)
+    plain = attention_input_reference(case.dtype, *arguments)
+    actual = torch.ops.bankwise.attention_input(*arguments)
+    for name, one, other, truth in zip("qkv", actual, plain, exact, strict=True):
+        assert (one.shape, one.dtype) == (truth.shape, case.dtype)
+        error, bound = relative_error(one, truth), max(2 * relative_error(other, truth), floor)
+        assert error <= bound, f"{name} of {case}: error {error:.2e} above {bound:.2e}"
+    arguments = attention_output_arguments(case)
+    truth = attention_output_reference(torch.float64, *arguments)
+    one = torch.ops.bankwise.attention_output(*arguments)
+    assert (one.shape, one.dtype) == (truth.shape, case.dtype)
+    plain_error = relative_error(attention_output_reference(case.dtype, *arguments), truth)
+    error, bound = relative_error(one, truth), max(2 * plain_error, floor)
+    assert error <= bound, f"{case}: error {error:.2e} above {bound:.2e}"
+
+
 def main() -> None:
     library.load()
     torch.set_num_threads(2)
@@ -221,7 +335,8 @@ def main() -> None:
                 check_route(seed)
                 check_energy(seed)
                 check_unit_gate(seed)
-        print(f"{isa}: 160 cases agree with the reference")
+                check_attention(random_attention_case(seed))
+        print(f"{isa}: 200 cases agree with the reference")
 
 
 if __name__ == "__main__":

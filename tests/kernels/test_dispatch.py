@@ -15,6 +15,7 @@ from bankwise.errors import KernelError, RoutingError
 from bankwise.ffn import SparseSwiGLU, bank_topk_mask, record_routing
 from bankwise.ffn.bank import cut_banks
 from bankwise.kernels import dispatch
+from bankwise.kernels.cpu import crossover
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -166,6 +167,55 @@ def test_reasons_of_inputs_and_states(monkeypatch):
     monkeypatch.setenv("BANKWISE_KERNEL", "gpu")
     with pytest.raises(KernelError, match="BANKWISE_KERNEL=gpu is not known"):
         dispatch.choose(layer, torch.zeros(1, 64))
+
+
+@pytest.fixture
+def crossover_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("BANKWISE_CACHE", str(tmp_path))
+    path = tmp_path / "kernels/crossover.json"
+    path.parent.mkdir()
+    yield path
+    crossover._measured.cache_clear()
+
+
+def test_above_the_measured_crossover_the_reference_runs(crossover_file, monkeypatch):
+    layer, x = make_layer(Case(tokens=5)), make_input(Case(tokens=5))
+    assert crossover.crossover(layer) == (8, "default")
+    crossover.save(layer, 4)
+    assert crossover.crossover(layer) == (4, "measured")
+    assert dispatch.choose(layer, x).reason == "5 tokens at once; the masked dense path is faster above 4"
+    assert torch.equal(layer(x), reference(layer, x))
+    assert layer.packed is None
+    layer(x[:4])
+    assert layer.packed.max_tokens == 4
+    assert torch.equal(layer(x), reference(layer, x))
+    # Another dtype or another shape was not measured, and a kernel that is asked for by name takes all it can.
+    assert crossover.crossover(make_layer(Case(dtype=torch.bfloat16))).source == "default"
+    assert crossover.crossover(make_layer(Case(hidden=65))).source == "default"
+    monkeypatch.setenv("BANKWISE_KERNEL", "cpu")
+    forced = make_layer(Case())
+    forced(x)
+    assert forced.packed.max_tokens == 8
+
+
+def test_the_override_goes_before_the_measurement(crossover_file, monkeypatch):
+    layer = make_layer(Case())
+    crossover.save(layer, 4)
+    monkeypatch.setenv("BANKWISE_MAX_TOKENS", "2")
+    assert crossover.crossover(layer) == (2, "BANKWISE_MAX_TOKENS")
+    assert dispatch.choose(layer, torch.zeros(2, 64)).kernel == "cpu"
+    assert dispatch.choose(layer, torch.zeros(3, 64)).kernel == "reference"
+    for wrong in ("0", "9", "two", "-1"):
+        monkeypatch.setenv("BANKWISE_MAX_TOKENS", wrong)
+        with pytest.raises(KernelError, match=f"BANKWISE_MAX_TOKENS={wrong} must be a number from 1 to 8"):
+            layer(torch.zeros(1, 64))
+
+
+@pytest.mark.parametrize("text", ["{", "[4]", '{"a layer": 9}', '{"a layer": "4"}'])
+def test_a_damaged_file_of_crossovers_is_named(crossover_file, text):
+    crossover_file.write_text(text)
+    with pytest.raises(KernelError, match=r"crossover.json .*delete it, and measure again"):
+        crossover.crossover(make_layer(Case()))
 
 
 def test_recording_sees_a_packed_layer_as_before():

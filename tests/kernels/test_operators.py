@@ -7,12 +7,17 @@ import threading
 import pytest
 import torch
 from kernels.kernel_cases import (
+    AttentionCase,
     Case,
+    attention_input_arguments,
+    attention_output_arguments,
+    check_attention,
     check_case,
     check_route,
     expected,
     make_input,
     make_layer,
+    random_attention_case,
     random_case,
     relative_error,
     run_case,
@@ -271,6 +276,78 @@ def test_operators_are_well_formed_for_torch():
     torch.library.opcheck(
         torch.ops.bankwise.linear.default, (x, torch.randn(5, 64).bfloat16(), None, None), test_utils=checks
     )
+
+
+ATTENTION_CASES = [
+    AttentionCase(),
+    AttentionCase(dtype=torch.bfloat16, bias=True),
+    AttentionCase(dtype=torch.bfloat16, head_norms=True, room=4),
+    AttentionCase(head=64, groups=3, shared=3, hidden=576, length=130),
+]
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=["plain", "bias", "head norms, room", "smollm2"])
+def test_attention_operators_are_well_formed_for_torch(case):
+    operators, checks = torch.ops.bankwise, ("test_schema", "test_faketensor")
+    with torch.no_grad():
+        inputs, outputs = attention_input_arguments(case), attention_output_arguments(case)
+        torch.library.opcheck(operators.attention_input.default, inputs, test_utils=checks)
+        torch.library.opcheck(operators.attention_output.default, outputs, test_utils=checks)
+    check_attention(case)
+
+
+def test_random_attention(isa):
+    for seed in range(200, 240):
+        check_attention(random_attention_case(seed))
+
+
+def test_scores_of_any_size_do_not_overflow_the_softmax(isa):
+    case = AttentionCase(length=40)
+    query, keys, values, *rest = attention_output_arguments(case)
+    best = keys[:, :, 17] * 1e4
+    keys = keys.clone()
+    keys[:, :, 17] = best
+    query = best.repeat_interleave(case.shared, dim=1)[:, :, None] * 1e4
+    actual = torch.ops.bankwise.attention_output(query.contiguous(), keys, values, *rest)
+    _scale, weight, bias, residual = rest
+    taken = values[:, :, 17].repeat_interleave(case.shared, dim=1).flatten(1)
+    torch.testing.assert_close(actual, residual + torch.nn.functional.linear(taken, weight, bias)[:, None])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(1, 2, 64)}, "one token at a time, not 2"),
+        ({"cos": torch.zeros(1, 2, 16)}, "cos and sin must be those of one token"),
+        ({"v": torch.zeros(16, 64)}, "end in whole heads of 16"),
+        ({"k": torch.zeros(32, 64).bfloat16()}, "float matrices of one type"),
+        ({"q": torch.zeros(40, 64)}, "end in whole heads of 16"),
+    ],
+)
+def test_what_attention_input_refuses(change, words):
+    names = ("x", "norm", "epsilon", "q", "k", "v", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "cos", "sin")
+    arguments = dict(zip(names, attention_input_arguments(AttentionCase()), strict=True)) | change
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.bankwise.attention_input(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"query": torch.zeros(1, 4, 2, 16)}, r"takes one query \[1, H, 1, head\]"),
+        ({"query": torch.zeros(1, 3, 1, 16)}, "heads that divide its heads"),
+        ({"keys": torch.zeros(1, 2, 0, 16), "values": torch.zeros(1, 2, 0, 16)}, "keys and values must have"),
+        ({"values": torch.zeros(1, 2, 8, 16)}, "keys and values must have"),
+        ({"keys": torch.zeros(1, 2, 9, 16).bfloat16()}, "keys and values must have the query's type"),
+        ({"weight": torch.zeros(64, 60)}, "must take all heads and give one residual row"),
+        ({"residual": torch.zeros(1, 1, 63)}, "must take all heads and give one residual row"),
+    ],
+)
+def test_what_attention_output_refuses(change, words):
+    names = ("query", "keys", "values", "scale", "weight", "bias", "residual")
+    arguments = dict(zip(names, attention_output_arguments(AttentionCase()), strict=True)) | change
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.bankwise.attention_output(*arguments.values())
 
 
 def test_masks_of_the_decoder_are_those_of_the_layer(isa):

@@ -1,5 +1,6 @@
 """`bankwise bench`: sparse against the strongest dense paths, interleaved in one run, correctness first."""
 
+from bankwise.bench.crossover import bench_crossover, crossover_of
 from bankwise.bench.decode import bench_decode
 from bankwise.bench.ffn import bench_ffn
 from bankwise.bench.ffn_cuda import bench_ffn_cuda
@@ -11,11 +12,13 @@ from bankwise.bench.train_step import bench_train_step
 __all__ = [
     "SHAPES",
     "BenchResult",
+    "bench_crossover",
     "bench_decode",
     "bench_ffn",
     "bench_ffn_cuda",
     "bench_prefill",
     "bench_train_step",
+    "crossover_of",
     "print_table",
     "write_csv",
 ]

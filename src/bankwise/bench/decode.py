@@ -1,16 +1,21 @@
 """Decoding with a whole model, one token after the other: the sparse model against dense ones of the same shape.
 
 Baselines by name: `hf-dense` (the dense family's own class), `op-dense` (the same with every linear layer through the
-CPU operator, as good a dense engine as ours). A last row gives the share of a step that is spent outside the operators.
+CPU operator, as good a dense engine as ours), `llama.cpp` (the same weights in llama.cpp, where llama-cpp-python is
+installed). A last row gives the share of a step that is spent outside the operators.
 """
 
 import dataclasses
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from bankwise.bench import llama_cpp_baseline
+from bankwise.bench.llama_cpp_baseline import LlamaCppModel
 from bankwise.bench.results import BenchResult, stamped, timed_row
 from bankwise.bench.shapes import Shape, random_model
 from bankwise.bench.timing import Step, interleave, quantiles
@@ -23,6 +28,10 @@ CONTEXT = 64
 
 STEPS = 8
 """Tokens of one sample."""
+
+_LLAMA_ERROR = 0.1
+"""Relative difference of two bfloat16 implementations' logits that is still rounding, over all layers of a shape; a
+wrong order of rows or a missing bias gives about 1."""
 
 
 @torch.no_grad()
@@ -53,12 +62,47 @@ def bench_decode(
     engine = random_model(shape, dtype, None)
     prepare(engine)
     baselines = {"hf-dense": decoder(dense, ids), "op-dense": decoder(engine, ids)}
-    timings = interleave(decoder(sparse, ids), baselines, pairs=pairs, min_seconds=0.0, idle_only=idle_only)
+    with _in_llama_cpp(dense) as (llama, why_not):
+        status = "skipped"
+        if llama is not None:
+            status, why_not = "wrong", _differs(llama, dense, ids)
+            if why_not is None:
+                baselines["llama.cpp"] = llama.decoder(ids[0].tolist(), STEPS)
+        timings = interleave(decoder(sparse, ids), baselines, pairs=pairs, min_seconds=0.0, idle_only=idle_only)
     rows = [timed_row(impl, name, timing, moved * STEPS, fields) for name, timing in timings.items()]
     for row in rows:
         row.p10_ms, row.p50_ms, row.p90_ms = row.p10_ms / STEPS, row.p50_ms / STEPS, row.p90_ms / STEPS
         row.base_p50_ms, row.bytes = row.base_p50_ms / STEPS, moved
+    if why_not is not None:
+        rows.append(stamped(BenchResult(impl=impl, baseline="llama.cpp", status=status, reason=why_not, **fields)))
     return [*rows, _overhead(impl, sparse, ids, pairs, fields)]
+
+
+@contextmanager
+def _in_llama_cpp(dense: PreTrainedModel) -> Iterator[tuple[LlamaCppModel | None, str | None]]:
+    """The dense model in llama.cpp, or None and the reason why it cannot be measured there."""
+    reason = llama_cpp_baseline.unavailable(dense.config.model_type)
+    if reason is not None:
+        yield None, reason
+        return
+    with llama_cpp_baseline.loaded(dense, CONTEXT + STEPS) as llama:
+        yield llama, None
+
+
+def _differs(llama: LlamaCppModel, dense: PreTrainedModel, ids: torch.Tensor) -> str | None:
+    """How llama.cpp's logits after `ids` differ from the dense model's, or None where they are the same function's."""
+    expected = dense(ids).logits[0, -1].float()
+    llama.crop(0)
+    actual = torch.from_numpy(llama.append(ids[0].tolist()).copy())
+    error = float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    # How far below the model's best logit the one that llama.cpp puts first lies, in the same measure.
+    behind = float((expected.max() - expected[actual.argmax()]) / expected.square().mean().sqrt())
+    if error <= _LLAMA_ERROR and behind <= _LLAMA_ERROR:
+        return None
+    return (
+        f"logits differ from those of hf-dense: relative error {error:.2e}, its first choice {behind:.2e} behind; "
+        f"allowed {_LLAMA_ERROR:.0e}"
+    )
 
 
 def _errors(

@@ -41,7 +41,7 @@ def bench_ffn(
     layer = SparseSwiGLU(shape.hidden, shape.ffn, sparsity, 0).to(dtype).eval()
     x_TD = torch.randn(tokens, shape.hidden).to(dtype)
     dense = _dense_steps(layer, x_TD, compiled=compiled)
-    exact_TD, plain_error = _exact(layer, x_TD)
+    exact_TD, plain_error = exact_output(layer, x_TD)
     fields: dict[str, Any] = {
         "bench": "ffn", "tokens": tokens, "D": shape.hidden, "F": shape.ffn, "R": shape.rank, "dtype": str(dtype)[6:],
     }  # fmt: skip
@@ -53,7 +53,7 @@ def bench_ffn(
     measured, measured_packed, impl, bound = layer, packed, "op", 2 * plain_error
     if twin is not None:
         measured, measured_packed, impl, bound = twin, pack_int8(twin), "op-int8", 0.03
-    error = _relative_error(dispatch.run_packed(measured, measured_packed, x_TD), exact_TD)
+    error = relative_error(dispatch.run_packed(measured, measured_packed, x_TD), exact_TD)
     if not error <= bound:
         reason = f"differs from the reference: relative error {error:.2e}, allowed {bound:.2e}"
         return [stamped(BenchResult(impl=impl, status="wrong", reason=reason, **fields))]
@@ -61,7 +61,7 @@ def bench_ffn(
     moved = _bytes(measured, measured_packed, union)
     buffer = library.huge_page_tensor(moved // 256 * 256, dtype=torch.uint8).zero_()
 
-    every = _all_channels(measured)
+    every = all_channels(measured)
     baselines: dict[str, Step] = dense | {
         "op-all-channels": lambda: dispatch.run_packed(every, measured_packed, x_TD),
         "stream": lambda: torch.ops.bankwise.stream_read(buffer),
@@ -98,23 +98,31 @@ def _dense_steps(layer: SparseSwiGLU, x_TD: Tensor, *, compiled: bool) -> dict[s
     return steps
 
 
-def _exact(layer: SparseSwiGLU, x_TD: Tensor) -> tuple[Tensor, float]:
+def exact_output(layer: SparseSwiGLU, x_TD: Tensor) -> tuple[Tensor, float]:
     """The layer in float32 products of its own weights, and the relative error of plain PyTorch in its dtype."""
     mask_TF = layer.active_mask(x_TD)
     gate_TF = functional.linear(x_TD.float(), layer.gate_proj.weight.float())
     h_TF = functional.silu(gate_TF) * functional.linear(x_TD.float(), layer.up_proj.weight.float())
     exact_TD = functional.linear(h_TF * mask_TF, layer.down_proj.weight.float())
     plain_TD = layer.down_proj(layer.dense_activation(x_TD) * mask_TF)
-    return exact_TD, max(_relative_error(plain_TD, exact_TD), 1e-6)
+    return exact_TD, max(relative_error(plain_TD, exact_TD), 1e-6)
 
 
-def _relative_error(actual: Tensor, exact: Tensor) -> float:
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Root mean square of the difference over that of `exact`."""
     return float((actual.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
-def _all_channels(layer: SparseSwiGLU) -> SparseSwiGLU:
-    every = SparseSwiGLU.__new__(SparseSwiGLU)
-    every.__dict__.update(layer.__dict__)
+def shared_twin(layer: SparseSwiGLU) -> SparseSwiGLU:
+    """Another layer object with the same parameters, to run them with other settings."""
+    twin = SparseSwiGLU.__new__(SparseSwiGLU)
+    twin.__dict__.update(layer.__dict__)
+    return twin
+
+
+def all_channels(layer: SparseSwiGLU) -> SparseSwiGLU:
+    """A twin that keeps every channel."""
+    every = shared_twin(layer)
     every.active_per_bank = layer.bank_size
     return every
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from bankwise.bench.ffn import _all_channels, _bytes, _relative_error
+from bankwise.bench.ffn import _bytes, all_channels, relative_error
 from bankwise.bench.results import BenchResult, stamped, timed_row
 from bankwise.bench.shapes import Shape
 from bankwise.bench.timing import Step, Timing, interleave
@@ -68,7 +68,7 @@ def bench_ffn_cuda(
         eager.append(_eager(layers[-1]))
         fused.append(_fused(layers[-1]))
         sparse.append(_sparse(layers[-1]))
-    every = [_packed_forward(_all_channels(layer), layer.packed) for layer in layers]
+    every = [_packed_forward(all_channels(layer), layer.packed) for layer in layers]
 
     calls = max(MIN_CALLS, len(layers)) if device.type == "cuda" else 1
     baselines = {
@@ -97,8 +97,8 @@ def _fault(layer: SparseSwiGLU, x_TD: Tensor, y_TD: Tensor) -> str | None:
     h_TF = functional.silu(functional.linear(x_TD.float(), gate_FD)) * functional.linear(x_TD.float(), up_FD)
     exact_TD = functional.linear(h_TF * mask_TF, down_DF)
     plain_TD = layer.down_proj(layer.dense_activation(x_TD) * mask_TF)
-    logits_error = _relative_error(logits_TF, layer.logits(x_TD))
-    error, bound = _relative_error(y_TD, exact_TD), 2 * max(_relative_error(plain_TD, exact_TD), 1e-6)
+    logits_error = relative_error(logits_TF, layer.logits(x_TD))
+    error, bound = relative_error(y_TD, exact_TD), 2 * max(relative_error(plain_TD, exact_TD), 1e-6)
     if not (logits_error <= 1e-5 and error <= bound):
         return (
             f"differs from the reference: relative error {error:.2e} (allowed {bound:.2e}), of the logits "

@@ -103,15 +103,18 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path, fields: Sequence[s
 
 def print_table(results: list[BenchResult]) -> None:
     """The same rows for reading: times of the implementation, and baseline / implementation by pairs."""
-    print(f"{'impl':22} {'baseline':24} {'p50 ms':>9} {'base ms':>9} {'ratio':>7} {'p10':>7} {'p90':>7} {'GB/s':>6}")
+    print(
+        f"{'impl':22} {'baseline':24} {'tokens':>6} {'p50 ms':>9} {'base ms':>9} {'ratio':>7} {'p10':>7} {'p90':>7} "
+        f"{'GB/s':>6}"
+    )
     for row in results:
         if row.status != "ok":
             print(f"{row.impl:22} {row.baseline:24} {row.status}: {row.reason}")
             continue
         rate = row.bytes / row.p50_ms / 1e6 if row.p50_ms else 0.0
         print(
-            f"{row.impl:22} {row.baseline:24} {row.p50_ms:9.3f} {row.base_p50_ms:9.3f} {row.ratio_p50:7.2f} "
-            f"{row.ratio_p10:7.2f} {row.ratio_p90:7.2f} {rate:6.1f}"
+            f"{row.impl:22} {row.baseline:24} {row.tokens:6} {row.p50_ms:9.3f} {row.base_p50_ms:9.3f} "
+            f"{row.ratio_p50:7.2f} {row.ratio_p10:7.2f} {row.ratio_p90:7.2f} {rate:6.1f}"
         )
     spread = max((row.p90_ms / row.p10_ms for row in results if row.status == "ok" and row.p10_ms), default=1.0)
     if spread > 1.5:

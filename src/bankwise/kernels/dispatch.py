@@ -21,6 +21,7 @@ from bankwise.ffn.gates import SteUnitGate
 from bankwise.ffn.layer import SparseSwiGLU
 from bankwise.ffn.predictor import Predictor
 from bankwise.kernels.cpu import library
+from bankwise.kernels.cpu.crossover import crossover
 from bankwise.kernels.cpu.packing import PackedWeights, dense_forward_int8, is_current, pack
 from bankwise.kernels.cpu.training import CpuSteUnitGate, ProductLogits
 from bankwise.kernels.triton import support
@@ -30,7 +31,8 @@ UNIT_GATES = ("ste_unit", "hard", "detached", "default_ema")
 """Gate modes whose forward multiplies a kept channel by 1."""
 
 MAX_DECODE_TOKENS = library.MAX_TOKENS
-"""Above this many tokens the masked dense path runs: eight tokens already read nine tenths of the channels."""
+"""The most tokens that a kernel takes: eight already read nine tenths of the channels. From `cpu.crossover` on, or what
+`triton.support` says, the masked dense path runs below that too."""
 
 CPU_LIMITS = support.Limits("cpu", MAX_DECODE_TOKENS, library.MAX_BANK, (torch.float32, torch.bfloat16))
 
@@ -82,7 +84,7 @@ def choose(layer: SparseSwiGLU, x_TD: Tensor) -> Choice:
         return Choice("reference", "all channels are kept, and the reference then equals the dense model bit for bit")
     operators = operators_for(x_TD.device)
     is_gpu = (requested or x_TD.device.type) in ("triton", "cuda")
-    reason = _unsupported(layer, x_TD, support.decode_limits(forced=requested is not None) if is_gpu else CPU_LIMITS)
+    reason = _unsupported(layer, x_TD, _limits(layer, is_gpu=is_gpu))
     if reason is None:
         if operators.kernel != "reference":
             return operators
@@ -164,12 +166,10 @@ def decode(
 
 def pack_for(layer: SparseSwiGLU, choice: Choice) -> PackedWeights:
     """Pack the layer's weights for the kernel chosen, whose operator becomes known to torch."""
-    if choice.kernel == "cpu":
-        return pack(layer)
-    import bankwise.kernels.triton.decode  # noqa: F401
-
-    limits = support.decode_limits(forced=requested_kernel() is not None)
-    return pack(layer, kernel=choice.kernel, max_tokens=limits.max_tokens)
+    is_gpu = choice.kernel == "triton"
+    if is_gpu:
+        import bankwise.kernels.triton.decode  # noqa: F401
+    return pack(layer, kernel=choice.kernel, max_tokens=_limits(layer, is_gpu=is_gpu).max_tokens)
 
 
 def unit_gate(h_TF: Tensor, logits_TF: Tensor, *settings: float) -> Tensor:
@@ -246,6 +246,16 @@ def run_packed(
 def _has_own_predictor(layer: SparseSwiGLU) -> bool:
     """Whether the logits come from the layer's own matrices: the layer scan puts oracles in the predictor's place."""
     return type(layer._modules["predictor"]) is Predictor
+
+
+def _limits(layer: SparseSwiGLU, *, is_gpu: bool) -> support.Limits:
+    """What the kernels take of this layer; where the user names a kernel, also what another path would do faster."""
+    forced = requested_kernel() is not None
+    if is_gpu:
+        return support.decode_limits(forced=forced)
+    if forced or cpu_operators().kernel != "cpu" or type(layer.gate_proj) is not nn.Linear:
+        return CPU_LIMITS
+    return CPU_LIMITS._replace(max_tokens=crossover(layer).tokens)
 
 
 def _tokens(x_TD: Tensor) -> int:

@@ -112,7 +112,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"trainer={arguments} is not accepted by TrainingArguments: {error}") from error
-        # With several GPUs and no launcher the Trainer would run DataParallel, whose step has more tokens than asked for.
+        # With several GPUs and no launcher the Trainer would run DataParallel, and a step have more tokens than asked.
         training_arguments._n_gpu = min(1, training_arguments.n_gpu)
         self.rows: Sized = rows  # type: ignore[assignment]  # map-style: Dataset has no __len__ in its type
         super().__init__(model=model, args=training_arguments, train_dataset=rows, data_collator=collate)
