@@ -10,6 +10,7 @@ def line(step, **changes):
     healthy = {
         "step": step,
         "loss": 4.0 - step / 1000,
+        "companion_gap": 0.5 - step / 10_000,
         "layers": [3, 4],
         "recall": [0.60 + step / 10_000, 0.62],
         "recall_by_position": {"0-1K": [0.6, 0.63], "1-4K": [0.6, 0.61], "4-8K": [0.59, 0.61]},
@@ -32,6 +33,10 @@ def told(lines, active=(16, 16)):
     return [(line["step"], warned.sign) for line in lines for warned in signs.look(line)]
 
 
+def behind(*gaps):
+    return [{"companion_gap": gap} for gap in gaps]
+
+
 def by_position(*first_layer):
     return {"recall_by_position": dict(zip(("0-1K", "1-4K", "4-8K"), ([r, 0.61] for r in first_layer), strict=True))}
 
@@ -46,6 +51,9 @@ HEALTHY = {
     "loss falls and recall with it rises from low": [{"recall": [0.4, 0.4]}, {"recall": [0.5, 0.5]}, {}, {}],
     "margins near 0 at rest": [{"margin_p5": [0.0, 0.0], "churn": [0.05, 0.05]}] * 4,
     "high churn with margins": [{"churn": [0.5, 0.5]}] * 4,
+    "no companion": behind(None, None, None, None, None),
+    "the gap rises twice and falls": behind(0.3, 0.32, 0.34, 0.33, 0.35),
+    "the gap rises by little": behind(0.3, 0.305, 0.31, 0.315),
     "flaps once": [{}, {"margin_p5": [0.0, 0.0], "churn": [0.5, 0.5]}, {}, {}],
     "flaps in turn": [{}]
     + [{"margin_p5": [0.0, 0.003], "churn": [0.5, 0.5]}, {"margin_p5": [0.003, 0.0], "churn": [0.5, 0.5]}] * 2,
@@ -63,6 +71,7 @@ HEALTHY = {
 
 SIGNS = {
     "absorption": ([{}] + [{"recall": [0.56, 0.57]}] * 5, 150),
+    "falling_behind": (behind(None, 0.3, 0.31, 0.32, 0.33, 0.34), 250),
     "flapping": ([{}] + [{"margin_p5": [0.0004, 0.002], "churn": [0.4, 0.4]}] * 4, 150),
     "position_bucket": ([by_position(0.6, 0.6, 0.6)] + [by_position(0.6, 0.59, 0.5)] * 4, 150),
     "dead_channels": ([{"dead": [0.0, 0.11]}] * 4, 50),
@@ -83,6 +92,7 @@ def test_a_sign_is_told_once(sign):
 
 MESSAGES = {
     "absorption": ["0.613 (step 50) to 0.565", "aux_weight", "random_predictor"],
+    "falling_behind": ["from 0.300 to 0.330", "lowest at step 100 (0.300)", "a lower lr"],
     "flapping": ["layer 3:", "predictor_lr", "ste_tau"],
     "position_bucket": ["layer 3:", "4-8K", "0.600 to 0.500", "bankwise scan"],
     "dead_channels": ["layer 4:", "11%", "aux_weight"],

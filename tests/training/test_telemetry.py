@@ -309,6 +309,24 @@ def test_a_resumed_training_goes_on_with_its_lines_and_signs(sparse, windows, tr
     assert lines[2]["churn"] == [None, None]
 
 
+@pytest.mark.parametrize("k_schedule", ["fixed", "linear"])
+def test_the_gap_to_the_companion_is_that_of_the_same_steps(
+    sparse, tiny_dense, windows, training, tmp_path, k_schedule
+):
+    rows, folder = windows(8), tmp_path / "run"
+    stage = {"folder": folder, "tokens": 6 * 32, "lr": 1e-3, "k_schedule": k_schedule}
+    training(tiny_dense(), rows, name="companion", **stage).run()
+    run = training(sparse(), rows, telemetry_steps=3, **stage).run()
+    losses = {(row["model"], row["step"]): row["ce"] for row in run.rows}
+    gaps = [losses["sparse", step] - losses["companion", step] for step in range(1, 7)]
+    readings = [line["companion_gap"] for line in run.lines("telemetry.jsonl")]
+    if k_schedule == "fixed":
+        # The step that ends with a reading is logged after it.
+        assert readings == [None, pytest.approx(sum(gaps[:2]) / 2), pytest.approx(sum(gaps[2:5]) / 3)]
+    else:
+        assert readings == [None, None, None]
+
+
 def test_a_dense_model_has_no_telemetry(tiny_dense, windows, training):
     run = training(tiny_dense(), windows(), name="companion", tokens=64, telemetry_steps=1).run()
     assert not (run.folder / "telemetry.jsonl").exists()

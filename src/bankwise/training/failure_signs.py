@@ -6,6 +6,7 @@ are set so that the histories of our own runs (docs/research-log.md) fall on the
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import NormalDist, mean
 from typing import Any, NamedTuple
 
@@ -33,6 +34,10 @@ MANY_DEAD = 0.1
 ZERO_STEPS = 100
 """Steps over which every reading of the router's gradient is exactly 0 (`method.md` section 4.4)."""
 
+RISE_OF_GAP = 0.02
+"""Nats by which the loss above the companion's must have risen over the rising readings; less may be chance."""
+
+_RISES = 3  # of the loss above the companion's, one after the other (`method.md` section 4.4)
 _CONFIRMING = 2  # readings in a row that must agree
 
 Lines = Sequence[dict[str, Any]]
@@ -56,6 +61,7 @@ class FailureSigns:
         low = [_low_margin(bank, active) for bank, active in zip(bank_size, active_per_bank, strict=True)]
         self._signs: dict[str, Callable[[Lines], str | None]] = {
             "absorption": _absorption,
+            "falling_behind": _falling_behind,
             "flapping": lambda lines: _flapping(lines, low),
             "position_bucket": _position_bucket,
             "dead_channels": _dead_channels,
@@ -90,6 +96,22 @@ def _absorption(lines: Lines) -> str | None:
         f"held-out loss fell from {lines[best]['loss']:.3f} to {last['loss']:.3f}: the model may be learning around "
         "its router (absorption). Raise aux_weight or lower predictor_lr, or repeat the warm-up (trains: predictor, "
         "k_schedule: dense); the control random_predictor shows whether routing still matters"
+    )
+
+
+def _falling_behind(lines: Lines) -> str | None:
+    known = [line for line in lines if line.get("companion_gap") is not None]
+    recent = known[-_RISES - 1 :]
+    gaps = [line["companion_gap"] for line in recent]
+    rises = [after - before for before, after in pairwise(gaps)]
+    if len(rises) < _RISES or min(rises) <= 0 or sum(rises) < RISE_OF_GAP:
+        return None
+    best = min(known, key=lambda line: line["companion_gap"])
+    return (
+        f"the training loss above the companion's rose at {_RISES} readings one after the other, from {gaps[0]:.3f} to "
+        f"{gaps[-1]:.3f} nats on the same rows: further tokens help the dense model more than this one. It was lowest "
+        f"at step {best['step']} ({best['companion_gap']:.3f}); keep a checkpoint from there, or go on with a lower "
+        "lr, teacher: companion or a richer mixture"
     )
 
 

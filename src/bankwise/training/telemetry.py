@@ -64,7 +64,9 @@ class Telemetry(TrainerCallback):
     A line holds, by layer, the figures of `RoutingProbe` and `router_gradient`: the norm of the loss's gradient at the
     logits of the step's tokens, from the model's loss (`lm`; None where the layer passes none) and from the auxiliary
     loss as weighted (`aux`). Use (`dead`, `always_on`, `usage_gini`) is counted over the `usage_tokens` probe tokens
-    that were read since the stage started or was resumed; churn is None in the first line after that.
+    that were read since the stage started or was resumed; churn is None in the first line after that. `companion_gap`
+    is the training loss above the companion's on the same rows, mean over the logged steps since the reading before;
+    None without a companion in the record, and in a stage whose active channels change.
     """
 
     def __init__(self, trainer: UpcyclingTrainer, layers: Sequence[SparseSwiGLU], plan: TelemetryPlan) -> None:
@@ -76,6 +78,8 @@ class Telemetry(TrainerCallback):
             [layer.bank_size for layer in layers], [layer.active_per_bank for layer in layers]
         )  # fmt: skip
         self._gradients: dict[str, dict[int, Tensor]] = {"lm": {}, "aux": {}}
+        self._companion_losses: dict[int, float] = {}
+        self._gaps: list[float] = []
         self._spent = 0.0
         self._has_said_rarer = False
 
@@ -98,8 +102,10 @@ class Telemetry(TrainerCallback):
         if self.trainer.is_world_process_zero():
             now = self.trainer.tokens_at(state.global_step)
             trim_record(self.plan.file, self.trainer.name, now)
-            before = [_lines_before(self.plan.file, self.trainer.name, self.trainer.tokens_at(0), now)]
-        for line in broadcast_object_list(before)[0]:
+            lines = _lines_before(self.plan.file, self.trainer.name, self.trainer.tokens_at(0), now)
+            before = [(lines, self._read_companion())]
+        lines, self._companion_losses = broadcast_object_list(before)[0]
+        for line in lines:
             self._signs.look(line)
         if state.global_step == 0:
             self._read(0)  # what recall falls from, and masks change from
@@ -107,6 +113,29 @@ class Telemetry(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.is_due(state.global_step):
             self._read(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "ce" in logs and state.global_step in self._companion_losses:
+            self._gaps.append(logs["ce"] - self._companion_losses[state.global_step])
+
+    def _read_companion(self) -> dict[int, float]:
+        """Cross entropy of the companion in this stage, by step."""
+        file = self.trainer.metrics_file
+        if file is None or not file.is_file() or self.stage.k_schedule != "fixed":
+            return {}
+        lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        return {
+            line["step"]: line["ce"]
+            for line in lines
+            if line["model"] == "companion" and line["stage"] == self.stage.name
+        }
 
     def _read(self, step: int) -> None:
         if torch.accelerator.is_available():
@@ -135,12 +164,14 @@ class Telemetry(TrainerCallback):
         line: dict[str, Any] = {
             **self._place(step),
             **reading,
+            "companion_gap": mean(self._gaps) if self._gaps else None,
             "router_gradient": {kind: self._norms(kind, values, remaining) for kind, values in squared.items()},
             "interval": self.interval,
             "step_seconds": step_seconds if steps else None,
             "probe_seconds": probe_seconds,
             "cost_share": spent / (spent + steps * step_seconds) if steps else None,
         }
+        self._gaps = []
         self._write(line)
         trainer.log(_scalars(line))
         self._look(line)
@@ -205,7 +236,9 @@ def _scalars(line: dict[str, Any]) -> dict[str, float]:
     worst: dict[str, Callable[[list[float]], float]] = {
         "recall": min, "retained_energy": min, "margin": min, "margin_p5": min, "churn": max, "dead": max
     }  # fmt: skip
-    values = {f"telemetry/{name}": line[name] for name in ("loss", "cost_share") if line[name] is not None}
+    values = {
+        f"telemetry/{name}": line[name] for name in ("loss", "companion_gap", "cost_share") if line[name] is not None
+    }
     for name, worst_of in worst.items():
         known = [value for value in line[name] if value is not None]
         if known:
