@@ -169,6 +169,15 @@ def test_a_sliding_window_bounds_the_attention(tiny_dense):
 # Memory
 
 
+def test_a_bfloat16_teacher_takes_half_the_memory(tiny_dense):
+    config = tiny_dense().config
+    exact, rounded = (
+        step_memory(config, a_stage(kd_weight=1.0, teacher_dtype=dtype), parameters=9, trained=9, teacher_parameters=8)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert (exact.teacher, rounded.teacher) == (32, 16)
+
+
 @pytest.mark.parametrize(
     ("sparsity", "settings"),
     [

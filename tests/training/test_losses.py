@@ -92,6 +92,20 @@ def test_distillation_pulls_the_student_to_its_teacher(sparse, tiny_dense, windo
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
+def test_a_bfloat16_teacher_teaches_the_same_and_is_a_copy(sparse, tiny_dense, windows, training):
+    teacher = tiny_dense(seed=7)
+    before = weights(teacher)
+    settings = {"teacher": teacher, "tokens": 64, "kd_weight": 1, "state_weight": 1}
+    exact, rounded = (
+        training(sparse(), windows(8), teacher_dtype=dtype, **settings).run().rows for dtype in ("float32", "bfloat16")
+    )
+    for row, other in zip(exact, rounded, strict=True):
+        assert row["kd"] != other["kd"]
+        assert (other["kd"], other["state"]) == pytest.approx((row["kd"], row["state"]), rel=0.05)
+    assert teacher.dtype == torch.float32
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
 def test_states_alone_pull_the_student_to_its_teacher(sparse, tiny_dense, windows, training):
     rows = training(
         sparse(), windows(8), teacher=tiny_dense(), tokens=2560, batch_tokens=128, micro_batch=8,

@@ -116,6 +116,9 @@ class Stage:
     teacher: Literal["dense", "companion"] = "dense"
     """Who teaches: the dense model as it was loaded, or its companion trained on the same tokens."""
 
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights of the teacher, which is whole on every device: 4 or 2 bytes per parameter."""
+
     aux_weight: float = 0.1
     """Weight of the auxiliary routing loss (mean over layers)."""
 

@@ -86,7 +86,7 @@ def step_memory(
         gradients=_FLOAT32 * trained // shards,
         optimizer=2 * _FLOAT32 * trained // shards,
         buckets={"none": 0, "ddp": _FLOAT32 * trained, "fsdp2": 2 * _FLOAT32 * trained // layers}[sharding],
-        teacher=_FLOAT32 * teacher_parameters,
+        teacher=(_FLOAT32 if stage.teacher_dtype == "float32" else _BFLOAT16) * teacher_parameters,
         copies=copies[peak],
         activations=held[peak] + 4 * inputs,
         temporaries=temporaries[peak],

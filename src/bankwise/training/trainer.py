@@ -3,6 +3,7 @@
 Everything else (accumulation, mixed precision, resume, processes) is the Trainer's own.
 """
 
+import copy
 import dataclasses
 import signal
 import time
@@ -86,6 +87,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
                 f"kd_weight={stage.kd_weight} and state_weight={stage.state_weight} need a teacher; pass the dense "
                 "model as teacher="
             )
+        teacher = None if teacher is None else _frozen(teacher, getattr(torch, stage.teacher_dtype))
         self.attending = [model, *([] if teacher is None else [teacher])] if stage.packing.doc_mask else []
         for attending in self.attending:
             check_document_attention(attending)
@@ -94,7 +96,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
         self.stage = stage
         self.keep_checkpoints = stage.keep_checkpoints
         self.stop = StopAtSignal()
-        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+        self.teacher: Any = teacher
         self.name = name
         self.is_sparse = bool(sparse_layers(model))
         self.has_predictors = has_trainable_predictors(model)
@@ -387,6 +389,13 @@ def _own_arguments(stage: Stage, output: Path, seed: int) -> dict[str, Any]:
         "remove_unused_columns": False,
         "dataloader_pin_memory": own_device().type == "cuda",
     } | scheduler_arguments(stage)
+
+
+def _frozen(teacher: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    # What is given is also a column of the final table, so its weights must stay as they are.
+    held: Any = teacher if teacher.dtype == dtype else copy.deepcopy(teacher)
+    frozen: PreTrainedModel = held.to(dtype=dtype).eval().requires_grad_(False)
+    return frozen
 
 
 def _recompute_activations(model: PreTrainedModel, is_wanted: bool) -> None:
