@@ -87,8 +87,8 @@ class UpcyclingTrainer(CheckpointingTrainer):
                 f"kd_weight={stage.kd_weight} and state_weight={stage.state_weight} need a teacher; pass the dense "
                 "model as teacher="
             )
-        teacher = None if teacher is None else _frozen(teacher, getattr(torch, stage.teacher_dtype))
-        self.attending = [model, *([] if teacher is None else [teacher])] if stage.packing.doc_mask else []
+        held = None if teacher is None else _frozen(teacher, getattr(torch, stage.teacher_dtype))
+        self.attending = [model, *([] if held is None else [held])] if stage.packing.doc_mask else []
         for attending in self.attending:
             check_document_attention(attending)
         select_trained(model, stage)
@@ -96,7 +96,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
         self.stage = stage
         self.keep_checkpoints = stage.keep_checkpoints
         self.stop = StopAtSignal()
-        self.teacher: Any = teacher
+        self.teacher = held
         self.name = name
         self.is_sparse = bool(sparse_layers(model))
         self.has_predictors = has_trainable_predictors(model)
@@ -391,11 +391,10 @@ def _own_arguments(stage: Stage, output: Path, seed: int) -> dict[str, Any]:
     } | scheduler_arguments(stage)
 
 
-def _frozen(teacher: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def _frozen(teacher: PreTrainedModel, dtype: torch.dtype) -> Any:
     # What is given is also a column of the final table, so its weights must stay as they are.
     held: Any = teacher if teacher.dtype == dtype else copy.deepcopy(teacher)
-    frozen: PreTrainedModel = held.to(dtype=dtype).eval().requires_grad_(False)
-    return frozen
+    return held.to(dtype=dtype).eval().requires_grad_(False)
 
 
 def _recompute_activations(model: PreTrainedModel, is_wanted: bool) -> None:
