@@ -1,6 +1,7 @@
 """Planted faults: does the scan find the layer, and does the repair mend it?
 
     python benchmarks/repair.py [--task text] [--models FOLDER] [--trials 20] [--healthy 20] [--controls] [--csv FILE]
+    python benchmarks/repair.py [--task text] [--models FOLDER] --costs
 
 A small model (trained here, or taken from FOLDER) is damaged in one layer and handed to `scan` and `repair`, which are
 told nothing: five kinds of damage on every layer, a new seed each time. `--task counting`: a model that can do the
@@ -199,6 +200,20 @@ class Bench:
         }[kind]
 
 
+def print_costs(bench: Bench, depth: int) -> None:
+    """Loss that a damage adds at the longest length, by layer: what is invisible cannot be found."""
+    length = bench.testbed.lengths[-1]
+    healthy = bench.loss(bench.sparse, length)
+    print(f"healthy {healthy:.4f}, companion {bench.loss(bench.companion, length):.4f}")
+    for kind in (*KINDS, "sorted banks", "noise in down_proj"):
+        costs = []
+        for layer in range(depth):
+            model = copy.deepcopy(bench.sparse)
+            bench.plant(kind)(model, layer, 1)
+            costs.append(bench.loss(model, length) - healthy)
+        print(f"{kind:22}", "  ".join(f"{cost:7.4f}" for cost in costs), flush=True)
+
+
 KINDS = ("scrambled predictor", "noise in the predictor", "4 of 64 channels", "scrambled late", "permuted banks")
 
 
@@ -231,12 +246,13 @@ def healthy(bench: Bench, first: int, count: int) -> Iterator[dict[str, object]]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=["counting", "text"], default="text")
+    parser.add_argument("--task", choices=["counting", "text"], default="counting")
     parser.add_argument("--models", type=Path, help="folder of the models; default: in the cache")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--healthy", type=int, default=20)
     parser.add_argument("--first", type=int, default=0, help="number of the first trial, to share the work")
     parser.add_argument("--controls", action="store_true")
+    parser.add_argument("--costs", action="store_true", help="only say what each damage costs in each layer")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -245,6 +261,9 @@ def main() -> int:
         folder = options.models or cache_folder(f"{options.task}-model")
         bench = Bench(text_testbed(folder) if options.task == "text" else counting_testbed(folder, Path(texts)))
         depth = bench.sparse.config.num_hidden_layers
+        if options.costs:
+            print_costs(bench, depth)
+            return 0
         trials = list(planted(options.first, options.trials, depth)) + (
             list(controls(depth)) if options.controls else []
         )
