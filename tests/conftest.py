@@ -53,6 +53,13 @@ def _tiny_dense(
     return model
 
 
+@pytest.fixture
+def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 autocast acts, also on a CPU whose bfloat16 products are slow."""
+    for module in ("precision", "evaluation.engine"):
+        monkeypatch.setattr(f"bankwise.{module}.multiplies_bf16", lambda kind: True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tiny tensors gain nothing from threads, and on a busy machine waiting for them costs forty times the work."""

@@ -497,9 +497,9 @@ def _env(options: argparse.Namespace) -> int:
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
         "bf16": "autocast" if multiplies_bf16(device) else "off: slow bfloat16 products, training is in float32",
+        "llama.cpp": llama_cpp_baseline.version_line(),
         "kernel": _kernel_line(),
         "gpu kernel": _gpu_kernel_line(),
-        "llama.cpp": llama_cpp_baseline.version_line(),
     }
     for name, value in rows.items():
         print(f"{name:13} {value}")

@@ -141,6 +141,7 @@ def test_the_model_keeps_its_mode(tiny_dense, tokenizer):
     assert dense.training
 
 
+@pytest.mark.usefixtures("bf16_products")
 def test_bf16_reads_close_to_float32(tiny_dense, tokenizer):
     dense = tiny_dense(scale=0.2)
     prompt = Prompt(text="a prompt of many words " * 4, continuations=(" and so on",))

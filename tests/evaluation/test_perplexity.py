@@ -36,6 +36,7 @@ def test_window_losses_equal_the_models_own(model, batch_size, tokens):
     assert losses.std() > 1e-2
 
 
+@pytest.mark.usefixtures("bf16_products")
 def test_bfloat16_losses_are_near_the_float32_ones(model, tokens):
     windows = tokens(4, 33)
     losses = window_losses(model, windows, bf16=True)

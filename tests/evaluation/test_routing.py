@@ -236,6 +236,7 @@ def test_a_dropped_channel_that_reaches_the_output_is_a_violation(settings, tiny
     assert routing_statistics(sparse, {"a": tokens(1, 8)})["active_per_bank"]["violations"] == 0
 
 
+@pytest.mark.usefixtures("bf16_products")
 def test_bfloat16_is_near_float32(tiny_dense, tokens):
     sparse = upcycled(tiny_dense(scale=0.2), tokens(4, 32))
     rows = {"a": tokens(2, 32)}
