@@ -37,6 +37,7 @@ def override_values(values: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def build(kind: type[T], values: dict[str, Any], name: str) -> T:
     """A settings dataclass from nested plain values; `name` is what a user calls it. Raises `ConfigError`."""
+    # T is any type to mypy; the callers pass dataclasses.
     sections = [field.name for field in dataclasses.fields(kind) if dataclasses.is_dataclass(field.default_factory)]  # type: ignore[arg-type]
     for section in sections:
         # A section that is left empty has its defaults; the parser would end with a TypeError on anything else.

@@ -4,7 +4,7 @@ Every mistake in a file is named by its line or column.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,8 @@ def _row(text: str | None) -> Document:
     return Document(row_id(text or ""), text or "")
 
 
-def _list(names: object) -> str:
-    return ", ".join(map(str, names)) or "none"  # type: ignore[call-overload]
+def _list(names: Iterable[object]) -> str:
+    return ", ".join(map(str, names)) or "none"
 
 
 def _not_utf8(path: Path, place: str) -> str:

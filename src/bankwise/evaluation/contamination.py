@@ -94,6 +94,7 @@ def benchmark_texts(documents: DocumentSet) -> list[str]:
     for document in documents.documents:
         parts.setdefault(document.part, []).append(document.contexts[0])
     starts = {
+        # Of texts, not of paths, for which the rule is made.
         part: os.path.commonprefix(contexts).rfind("\n\n") + 1 if len(contexts) > 1 else 0  # noqa: RUF071
         for part, contexts in parts.items()
     }

@@ -231,6 +231,7 @@ def run_packed(
         own.get("up_offset"),
         own.get("gate_log_noise"),
         own.get("up_log_noise"),
+        # No module is None here, as the type of _modules allows.
         modules["gate_proj"]._parameters["bias"],  # type: ignore[union-attr]
         modules["up_proj"]._parameters["bias"],  # type: ignore[union-attr]
         modules["down_proj"]._parameters["bias"],  # type: ignore[union-attr]

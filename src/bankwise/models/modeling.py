@@ -213,6 +213,7 @@ class _SparseCausalLM(_SparseModel, GenerationMixin):
         prepare = _SparseCausalLM.prepare_decoding
         if not self.training and self.device.type in ("cpu", "cuda") and prepare is not None:
             prepare(self)
+        # transformers types `self` of generate as a protocol of its own, which mypy does not find fulfilled.
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -64,6 +64,7 @@ class OracleRouting(nn.Module):
 def oracle(layer: SparseSwiGLU) -> Iterator[None]:
     """Each bank keeps the channels that contribute most, as many as now."""
     predictor = layer.predictor
+    # It gives scores for the predictor's logits, and is none of its kind.
     layer.predictor = OracleRouting(layer)  # type: ignore[assignment]
     try:
         yield

@@ -83,6 +83,7 @@ def repair(
     if target is None:
         assert finding.layer is not None
         target = find_layer(model, finding.layer)
+    # A scan read from its file has the permutation as plain text.
     source = SampleSource(
         tokenizer=tokenizer, permutation=scan.permutation, data_dir=data_dir, data=data,  # type: ignore[arg-type]
         held_out_fraction=held_out_fraction,
@@ -180,11 +181,11 @@ class _Bench:
         self._source = source
         self._scan = scan
         self._lengths = lengths
-        self._reading = {"bf16": bf16, "batch_tokens": batch_tokens}
+        self._reading: dict[str, Any] = {"bf16": bf16, "batch_tokens": batch_tokens}
         self._seen = {piece for sample in self.scanned() for piece in _pieces(sample)}
 
     def engine(self, model: PreTrainedModel | None = None) -> PrefixReader:
-        return PrefixReader(model or self._model, self._tokenizer, **self._reading)  # type: ignore[arg-type]
+        return PrefixReader(model or self._model, self._tokenizer, **self._reading)
 
     def scanned(self) -> list[Sample]:
         """The scan's samples of the affected lengths."""

@@ -98,8 +98,10 @@ def _cwe_figure(evaluation: Evaluation, rows: Sequence[Row]) -> str:
         values: list[tuple[float, float] | None] = []
         for length in lengths:
             score = by_length[length].scores.get(name)
-            known = score is not None and score.value is not None
-            values.append((score.value, score.standard_error or 0.0) if known else None)  # type: ignore
+            if score is None or score.value is None:
+                values.append(None)
+            else:
+                values.append((score.value, score.standard_error or 0.0))
         series.append(ErrorSeries(name=label, values=values, style=STYLES[name]))
     unit = f" ({first.unit})" if first.unit else ""
     direction = {"higher": "higher is better", "lower": "lower is better", "": "neither direction is better"}

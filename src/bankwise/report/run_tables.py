@@ -122,6 +122,7 @@ def sources_table(summary: Column) -> Table:
         other = parts["companion"]
         cells: dict[str, Callable[[Column], str]] = {
             "loss": lambda part: nats(part["loss"]),
+            # mypy cannot infer a lambda with a default.
             "delta to companion": lambda part, other=other: (  # type: ignore[misc]
                 delta(part["loss"] - other["loss"]) if other else NOT_APPLICABLE
             ),

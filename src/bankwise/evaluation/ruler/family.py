@@ -116,6 +116,7 @@ class Family(ABC):
         self.count = count
         self.increment = increment
 
+    # Not abstract: most families prepare nothing.
     def prepare(self, streams: Streams) -> None:  # noqa: B027
         """What comes before the length search."""
 

@@ -51,6 +51,7 @@ def is_current(layer: SparseSwiGLU, packed: PackedWeights) -> bool:
     line = packed.weights_F3P.stride(1) * packed.weights_F3P.element_size()
     modules = layer._modules
     for place, name in enumerate(("gate_proj", "up_proj", "down_proj")):
+        # The type of _modules allows None, which these three never are.
         weight = modules[name]._parameters["weight"]  # type: ignore[union-attr]
         if weight is None or weight.data_ptr() != start + place * line:
             return False
