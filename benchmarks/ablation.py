@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from text_model import SOURCE, train_text_model
+from text_model import text_recipe, train_text_model
 
 import bankwise
 from bankwise.bench.results import write_rows
@@ -120,32 +120,12 @@ def main() -> int:
     return 0
 
 
-def _recipe(dense: Path, output: Path, tokens: str, seed: int) -> dict[str, Any]:
-    return {
-        "model": str(dense),
-        "output": str(output),
-        "sparsity": {"predictor_rank": 48},
-        "calibration": {"tokens": "32k", "seq_len": 256, "seed": seed},
-        "data": [{"path": SOURCE}],
-        "stages": [
-            {
-                "tokens": tokens, "seq_len": 256, "batch_tokens": 2048, "micro_batch": 8, "lr": 5e-4,
-                "predictor_lr": 5e-4, "log_steps": 10,
-            }
-        ],
-        "companion": False,
-        "telemetry_steps": 0,
-        "eval": {"windows": 64, "seq_len": 256, "batch_size": 16, "prompt": ""},
-        "seed": seed,
-    }  # fmt: skip
-
-
 def _run(dense: Path, folder: Path, name: str, overrides: list[str], seed: int, tokens: str) -> dict[str, Any]:
     """Summary of one run, from its folder where it was done before."""
     output = folder / f"{name}-{seed}"
     if not (output / "summary.json").is_file():
         shutil.rmtree(output, ignore_errors=True)
-        recipe = _recipe(dense, output, tokens, seed)
+        recipe = text_recipe(dense, output, tokens=tokens, seed=seed)
         if overrides == ["WARM_UP"]:
             recipe["stages"].insert(0, recipe["stages"][0] | WARM_UP)
             overrides = []

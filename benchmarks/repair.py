@@ -5,11 +5,11 @@
 
 A small model (trained here, or taken from FOLDER) is damaged in one layer and handed to `scan` and `repair`, which are
 told nothing: five kinds of damage on every layer, a new seed each time. `--task counting`: a model that can do the
-common-words task, whose answer is what is measured. `--task text`: a language model of English text in which every
-feed-forward matters, measured by its loss on held-out text. Healthy: conversions of the same dense model under other
-seeds, scanned on other rows. Controls: damage that one layer's choice of channels cannot mend, and banks of like
-channels, which may cost too little to be seen. `regained` is measured on rows of another seed than those of scan and
-repair.
+common-words task, whose answer is what is measured. `--task text`: a language model of English text, measured by its
+loss on held-out text; `--costs` says in which of its layers a damage shows. Healthy: conversions of the same dense
+model under other seeds, scanned on other rows. Controls: damage that one layer's choice of channels cannot mend, and
+banks of like channels, which may cost too little to be seen. `regained` is measured on rows of another seed than those
+of scan and repair.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from text_model import SOURCE, train_text_model
+from text_model import SOURCE, text_recipe, train_text_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -53,7 +53,7 @@ FIELDS = (
 
 @dataclass(kw_only=True)
 class Testbed:
-    """A healthy model, and how it is measured and mended."""
+    """A healthy model, how it is measured and mended, and a trial on it."""
 
     sparse: PreTrainedModel
     companion: PreTrainedModel
@@ -71,6 +71,64 @@ class Testbed:
     """By which channels are sorted into banks."""
     convert: Callable[[int], PreTrainedModel]
     """Another healthy sparse model of the same companion, by seed."""
+
+    def loss(self, model: PreTrainedModel, length: int) -> float:
+        """Mean of the metric over rows of a seed that is used for nothing else."""
+        metric = find_metric(self.metric)
+        samples = metric.samples(SampleSource(tokenizer=self.tokenizer, data=self.read), length, 24, 4242)
+        values = metric.values(PrefixReader(model, self.tokenizer), samples)
+        return sum(values) / len(values)
+
+    def scan(self, model: PreTrainedModel, seed: int) -> Scan:
+        return bankwise.scan(
+            model, self.tokenizer, self.metric, self.lengths, samples=SAMPLES,
+            companion=self.companion, data=self.read, seed=seed,
+        )  # fmt: skip
+
+    def repair(self, model: PreTrainedModel, scan: Scan) -> Patch:
+        return bankwise.repair(
+            model, self.tokenizer, scan=scan, companion=self.companion, data=self.learn, samples=JUDGES,
+            guards=self.guards, settings=RepairSettings(windows=24),
+        )  # fmt: skip
+
+    def trial(self, kind: str, layers: tuple[int, ...], seed: int) -> dict[str, object]:
+        started = time.perf_counter()
+        model = copy.deepcopy(self.sparse)
+        for layer in layers:
+            self.plant(kind)(model, layer, seed)
+        before = hashes(model)
+        scan = self.scan(model, 42 + seed)
+        patch = self.repair(model, scan)
+        row: dict[str, object] = {
+            "kind": kind, "layer": "+".join(map(str, layers)), "seed": seed, "verdict": scan.finding.verdict,
+            "found": scan.finding.layer, "affected": "+".join(map(str, scan.affected)), "remedy": patch.remedy,
+            "fault": patch.figures.get("diagnosis", {}).get("fault", ""), "k": patch.active_per_bank or "",
+        }  # fmt: skip
+        length = max(scan.affected, default=self.lengths[-1])
+        healthy, damaged = self.loss(self.sparse, length), self.loss(model, length)
+        patch.apply(model)
+        repaired = self.loss(model, length)
+        own = f"model.layers.{patch.layer}.mlp."
+        after = hashes(model)
+        acceptance = patch.figures["tried"][-1]["acceptance"] if patch.is_repair else {}
+        return row | {
+            "healthy": f"{healthy:.4f}", "damaged": f"{damaged:.4f}", "repaired": f"{repaired:.4f}",
+            "regained": f"{(damaged - repaired) / (damaged - healthy):.3f}" if damaged - healthy > 1e-3 else "",
+            "guards": acceptance.get("accepted", ""),
+            "others_identical": all(after[name] == value for name, value in before.items() if not name.startswith(own)),
+            "seconds": f"{time.perf_counter() - started:.0f}",
+        }  # fmt: skip
+
+    def plant(self, kind: str) -> faults.Fault:
+        return {
+            "scrambled predictor": faults.scramble_predictor,
+            "noise in the predictor": faults.add_predictor_noise,
+            "4 of 64 channels": faults.keep_few,
+            "permuted banks": faults.permute_banks,
+            "sorted banks": faults.sort_banks(self.windows),
+            "scrambled late": faults.scramble_late(self.late),
+            "noise in down_proj": faults.add_down_noise,
+        }[kind]
 
 
 def counting_testbed(folder: Path, texts: Path) -> Testbed:
@@ -94,11 +152,13 @@ def counting_testbed(folder: Path, texts: Path) -> Testbed:
 
 
 def text_testbed(folder: Path) -> Testbed:
-    if not (folder / "dense" / "config.json").is_file():
-        train_text_model(folder / "dense", "4M")
-    if not (folder / "sparse" / "summary.json").is_file():
-        run_text_recipe(folder / "dense", folder / "sparse", seed=0, tokens="120k")
-    tokenizer = load_checkpoint(folder / "sparse" / "checkpoint")[1]
+    dense, sparse = folder / "dense", folder / "sparse"
+    companion = sparse / "companion"
+    if not (dense / "config.json").is_file():
+        train_text_model(dense, "4M")
+    if not (sparse / "summary.json").is_file():
+        train_taught(dense, sparse, tokens="120k", seed=0, teacher="companion")
+    model, tokenizer = load_checkpoint(sparse / "checkpoint")
     guards = EvaluationPlan(
         suites=["perplexity"],
         perplexity=PerplexityPlan(data=[PYDOC], windows=24, seq_len=128, held_out_fraction=0.2, kl_to_dense=False),
@@ -107,110 +167,35 @@ def text_testbed(folder: Path) -> Testbed:
     def convert(seed: int) -> PreTrainedModel:
         output = folder / f"healthy-{seed}"
         if not (output / "summary.json").is_file():
-            run_text_recipe(folder / "dense", output, seed=100 + seed, tokens="20k")
+            train_taught(companion, output, tokens="20k", seed=100 + seed, teacher="dense")
         return load_checkpoint(output / "checkpoint")[0]
 
     return Testbed(
-        sparse=load_checkpoint(folder / "sparse" / "checkpoint")[0],
-        companion=load_dense(folder / "sparse" / "companion", tokenizer=False).model, tokenizer=tokenizer,
+        sparse=model, companion=load_dense(companion, tokenizer=False).model, tokenizer=tokenizer,
         metric="perplexity:0-1K", lengths=[128, 256], late=140, read=[SOTU], learn=[SOTU], guards=guards,
         windows=mixed_windows([SOTU], tokenizer, seq_len=256, num_windows=16, split="train", held_out_fraction=0.05),
         convert=convert,
     )  # fmt: skip
 
 
-def run_text_recipe(dense: Path, output: Path, *, seed: int, tokens: str) -> None:
-    """Sparse model and companion of the text model, trained on the same tokens; the companion teaches."""
-    recipe = {
-        "model": str(dense), "output": str(output), "sparsity": {"predictor_rank": 48}, "data": [{"path": SOURCE}],
-        "calibration": {"tokens": "32k", "seq_len": 256, "seed": seed}, "companion": True, "telemetry_steps": 0,
-        "stages": [{
-            "tokens": tokens, "seq_len": 256, "batch_tokens": 2048, "micro_batch": 8, "lr": 5e-4, "predictor_lr": 5e-4,
-            "ce_weight": 0.1, "kd_weight": 1.0, "teacher": "companion",
-        }],
-        "eval": {"windows": 64, "seq_len": 256, "batch_size": 16, "prompt": ""}, "seed": seed,
-    }  # fmt: skip
-    bankwise.run(recipe, overwrite=True, quiet=True)
+def train_taught(dense: Path, output: Path, *, tokens: str, seed: int, teacher: str) -> None:
+    """A sparse model of `dense` that learns mainly from its teacher: `dense` itself, or a companion."""
+    recipe = text_recipe(dense, output, tokens=tokens, seed=seed)
+    recipe["stages"][0] |= {"ce_weight": 0.1, "kd_weight": 1.0, "teacher": teacher}
+    bankwise.run(recipe | {"companion": teacher == "companion"}, overwrite=True, quiet=True)
 
 
-class Bench:
-    """What every trial shares."""
-
-    def __init__(self, testbed: Testbed) -> None:
-        self.testbed = testbed
-        self.sparse, self.companion, self.tokenizer = testbed.sparse, testbed.companion, testbed.tokenizer
-
-    def loss(self, model: PreTrainedModel, length: int) -> float:
-        metric, source = find_metric(self.testbed.metric), SampleSource(
-            tokenizer=self.tokenizer, data=self.testbed.read
-        )  # fmt: skip
-        samples = metric.samples(source, length, 24, 4242)
-        values = metric.values(PrefixReader(model, self.tokenizer), samples)
-        return sum(values) / len(values)
-
-    def scan(self, model: PreTrainedModel, seed: int) -> Scan:
-        return bankwise.scan(
-            model, self.tokenizer, self.testbed.metric, self.testbed.lengths, samples=SAMPLES,
-            companion=self.companion, data=self.testbed.read, seed=seed,
-        )  # fmt: skip
-
-    def repair(self, model: PreTrainedModel, scan: Scan) -> Patch:
-        return bankwise.repair(
-            model, self.tokenizer, scan=scan, companion=self.companion, data=self.testbed.learn, samples=JUDGES,
-            guards=self.testbed.guards, settings=RepairSettings(windows=24),
-        )  # fmt: skip
-
-    def trial(self, kind: str, layers: tuple[int, ...], seed: int) -> dict[str, object]:
-        started = time.perf_counter()
-        model = copy.deepcopy(self.sparse)
-        for layer in layers:
-            self.plant(kind)(model, layer, seed)
-        before = hashes(model)
-        scan = self.scan(model, 42 + seed)
-        patch = self.repair(model, scan)
-        row: dict[str, object] = {
-            "kind": kind, "layer": "+".join(map(str, layers)), "seed": seed, "verdict": scan.finding.verdict,
-            "found": scan.finding.layer, "affected": "+".join(map(str, scan.affected)), "remedy": patch.remedy,
-            "fault": patch.figures.get("diagnosis", {}).get("fault", ""), "k": patch.active_per_bank or "",
-        }  # fmt: skip
-        length = max(scan.affected, default=self.testbed.lengths[-1])
-        healthy, damaged = self.loss(self.sparse, length), self.loss(model, length)
-        patch.apply(model)
-        repaired = self.loss(model, length)
-        own = f"model.layers.{patch.layer}.mlp."
-        after = hashes(model)
-        acceptance = patch.figures["tried"][-1]["acceptance"] if patch.is_repair else {}
-        return row | {
-            "healthy": f"{healthy:.4f}", "damaged": f"{damaged:.4f}", "repaired": f"{repaired:.4f}",
-            "regained": f"{(damaged - repaired) / (damaged - healthy):.3f}" if damaged - healthy > 1e-3 else "",
-            "guards": acceptance.get("accepted", ""),
-            "others_identical": all(after[name] == value for name, value in before.items() if not name.startswith(own)),
-            "seconds": f"{time.perf_counter() - started:.0f}",
-        }  # fmt: skip
-
-    def plant(self, kind: str) -> faults.Fault:
-        return {
-            "scrambled predictor": faults.scramble_predictor,
-            "noise in the predictor": faults.add_predictor_noise,
-            "4 of 64 channels": faults.keep_few,
-            "permuted banks": faults.permute_banks,
-            "sorted banks": faults.sort_banks(self.testbed.windows),
-            "scrambled late": faults.scramble_late(self.testbed.late),
-            "noise in down_proj": faults.add_down_noise,
-        }[kind]
-
-
-def print_costs(bench: Bench, depth: int) -> None:
+def print_costs(bed: Testbed, depth: int) -> None:
     """Loss that a damage adds at the longest length, by layer: what is invisible cannot be found."""
-    length = bench.testbed.lengths[-1]
-    healthy = bench.loss(bench.sparse, length)
-    print(f"healthy {healthy:.4f}, companion {bench.loss(bench.companion, length):.4f}")
+    length = bed.lengths[-1]
+    healthy = bed.loss(bed.sparse, length)
+    print(f"healthy {healthy:.4f}, companion {bed.loss(bed.companion, length):.4f}")
     for kind in (*KINDS, "sorted banks", "noise in down_proj"):
         costs = []
         for layer in range(depth):
-            model = copy.deepcopy(bench.sparse)
-            bench.plant(kind)(model, layer, 1)
-            costs.append(bench.loss(model, length) - healthy)
+            model = copy.deepcopy(bed.sparse)
+            bed.plant(kind)(model, layer, 1)
+            costs.append(bed.loss(model, length) - healthy)
         print(f"{kind:22}", "  ".join(f"{cost:7.4f}" for cost in costs), flush=True)
 
 
@@ -234,10 +219,10 @@ def hashes(model: PreTrainedModel) -> dict[str, str]:
     return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in model.state_dict().items()}
 
 
-def healthy(bench: Bench, first: int, count: int) -> Iterator[dict[str, object]]:
+def healthy(bed: Testbed, first: int, count: int) -> Iterator[dict[str, object]]:
     for seed in range(first, first + count):
         started = time.perf_counter()
-        finding = bench.scan(bench.testbed.convert(seed), 1000 + seed).finding
+        finding = bed.scan(bed.convert(seed), 1000 + seed).finding
         yield {
             "kind": "healthy", "seed": seed, "verdict": finding.verdict, "found": finding.layer,
             "affected": "+".join(map(str, finding.lengths)), "seconds": f"{time.perf_counter() - started:.0f}",
@@ -259,15 +244,15 @@ def main() -> int:
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as texts:
         folder = options.models or cache_folder(f"{options.task}-model")
-        bench = Bench(text_testbed(folder) if options.task == "text" else counting_testbed(folder, Path(texts)))
-        depth = bench.sparse.config.num_hidden_layers
+        bed = text_testbed(folder) if options.task == "text" else counting_testbed(folder, Path(texts))
+        depth = bed.sparse.config.num_hidden_layers
         if options.costs:
-            print_costs(bench, depth)
+            print_costs(bed, depth)
             return 0
         trials = list(planted(options.first, options.trials, depth)) + (
             list(controls(depth)) if options.controls else []
         )
-        for row in chain((bench.trial(*trial) for trial in trials), healthy(bench, options.first, options.healthy)):
+        for row in chain((bed.trial(*trial) for trial in trials), healthy(bed, options.first, options.healthy)):
             rows.append(row)
             print("  ".join(f"{key}={value}" for key, value in row.items() if value not in ("", None)), flush=True)
     print(summary(rows, options.trials))

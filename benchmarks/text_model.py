@@ -5,6 +5,7 @@ messages. 4M tokens bring it to 3.46 nats per token of held-out text: half an ho
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -54,3 +55,24 @@ def train_text_model(folder: Path, tokens: str) -> None:
     train_stages(model, recipe.stages, data.rows, folder / "training", name="dense")
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def text_recipe(dense: Path, output: Path, *, tokens: str, seed: int) -> dict[str, Any]:
+    """How experiments convert the dense model and train it on: one stage, no companion, cross entropy alone."""
+    return {
+        "model": str(dense),
+        "output": str(output),
+        "sparsity": {"predictor_rank": 48},
+        "calibration": {"tokens": "32k", "seq_len": 256, "seed": seed},
+        "data": [{"path": SOURCE}],
+        "stages": [
+            {
+                "tokens": tokens, "seq_len": 256, "batch_tokens": 2048, "micro_batch": 8, "lr": 5e-4,
+                "predictor_lr": 5e-4, "log_steps": 10,
+            }
+        ],
+        "companion": False,
+        "telemetry_steps": 0,
+        "eval": {"windows": 64, "seq_len": 256, "batch_size": 16, "prompt": ""},
+        "seed": seed,
+    }  # fmt: skip

@@ -56,7 +56,7 @@ def _tiny_dense(
 @pytest.fixture
 def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 autocast acts, also on a CPU whose bfloat16 products are slow."""
-    for module in ("precision", "evaluation.engine"):
+    for module in ("precision", "evaluation.engine", "training.trainer"):
         monkeypatch.setattr(f"bankwise.{module}.multiplies_bf16", lambda kind: True)
 
 

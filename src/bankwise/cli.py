@@ -484,8 +484,9 @@ def _env(options: argparse.Namespace) -> int:
 
     from bankwise.bench import llama_cpp_baseline
     from bankwise.precision import multiplies_bf16
+    from bankwise.processes import own_device
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    has_bf16 = multiplies_bf16(own_device().type)
     rows = {
         "bankwise": bankwise.__version__,
         "python": platform.python_version(),
@@ -496,7 +497,7 @@ def _env(options: argparse.Namespace) -> int:
         "datasets": datasets.__version__,
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
-        "bf16": "autocast" if multiplies_bf16(device) else "off: slow bfloat16 products, training is in float32",
+        "bf16": "autocast" if has_bf16 else "off: slow bfloat16 products, training is in float32",
         "llama.cpp": llama_cpp_baseline.version_line(),
         "kernel": _kernel_line(),
         "gpu kernel": _gpu_kernel_line(),

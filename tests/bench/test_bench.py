@@ -1,7 +1,6 @@
 """`bankwise bench` on tiny shapes: what is measured and written, never how long it took."""
 
 import csv
-import importlib.util
 import json
 
 import pytest
@@ -101,7 +100,6 @@ def tiny_dense(family, dtype):
     return model.to(dtype)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
 @pytest.mark.parametrize("family", llama_cpp_baseline.FAMILIES)
 @torch.no_grad()
 def test_the_gguf_file_holds_the_same_model(family, tmp_path):

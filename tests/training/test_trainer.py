@@ -152,8 +152,8 @@ def test_the_companion_reads_the_same_windows_in_the_same_order(sparse, tiny_den
 # bfloat16
 
 
-def test_under_autocast_routing_and_weights_stay_in_float32(sparse, windows, training, monkeypatch):
-    monkeypatch.setattr("bankwise.training.trainer.multiplies_bf16", lambda kind: True)
+@pytest.mark.usefixtures("bf16_products")
+def test_under_autocast_routing_and_weights_stay_in_float32(sparse, windows, training):
     model, dtypes = sparse(), {"logits": set(), "up": set()}
     for layer in sparse_layers(model):
         layer.predictor.register_forward_hook(lambda *args: dtypes["logits"].add(args[-1].dtype))

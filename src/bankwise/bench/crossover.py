@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bankwise.bench.ffn import exact_output, relative_error, shared_twin
-from bankwise.bench.results import BenchResult, stamped, timed_row
+from bankwise.bench.results import BenchResult, timed_row, wrong_row
 from bankwise.bench.shapes import Shape
 from bankwise.bench.timing import Step, interleave
 from bankwise.config.sparsity import PredictorForm
@@ -49,8 +49,7 @@ def bench_crossover(
         exact_TD, plain_error = exact_output(layer, x_TD)
         error = relative_error(layer(x_TD), exact_TD)
         if not error <= 2 * plain_error:
-            reason = f"differs from the reference: relative error {error:.2e}, allowed {2 * plain_error:.2e}"
-            return [stamped(BenchResult(impl="op", status="wrong", reason=reason, **fields))]
+            return [wrong_row("op", error, 2 * plain_error, fields)]
         baselines: dict[str, Step] = {"masked-dense": partial(dense, x_TD)}
         timings = interleave(partial(layer, x_TD), baselines, pairs=pairs, idle_only=idle_only)
         rows.append(timed_row("op", "masked-dense", timings["masked-dense"], 0, fields))

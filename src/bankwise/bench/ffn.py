@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from bankwise.bench.results import BenchResult, stamped, timed_row
+from bankwise.bench.results import BenchResult, timed_row, wrong_row
 from bankwise.bench.shapes import Shape
 from bankwise.bench.timing import Step, interleave
 from bankwise.config.sparsity import PredictorForm
@@ -55,8 +55,7 @@ def bench_ffn(
         measured, measured_packed, impl, bound = twin, pack_int8(twin), "op-int8", 0.03
     error = relative_error(dispatch.run_packed(measured, measured_packed, x_TD), exact_TD)
     if not error <= bound:
-        reason = f"differs from the reference: relative error {error:.2e}, allowed {bound:.2e}"
-        return [stamped(BenchResult(impl=impl, status="wrong", reason=reason, **fields))]
+        return [wrong_row(impl, error, bound, fields)]
     union = 1 - 0.75**tokens
     moved = _bytes(measured, measured_packed, union)
     buffer = library.huge_page_tensor(moved // 256 * 256, dtype=torch.uint8).zero_()

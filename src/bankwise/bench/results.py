@@ -68,6 +68,12 @@ def stamped(result: BenchResult) -> BenchResult:
     return result
 
 
+def wrong_row(impl: str, error: float, allowed: float, fields: dict[str, Any]) -> BenchResult:
+    """The row of an implementation whose result is off by a relative error of more than is allowed."""
+    reason = f"differs from the reference: relative error {error:.2e}, allowed {allowed:.2e}"
+    return stamped(BenchResult(impl=impl, status="wrong", reason=reason, **fields))
+
+
 def timed_row(impl: str, baseline: str, timing: Timing, moved: int, fields: dict[str, Any]) -> BenchResult:
     """The row of one pair of implementation and baseline; `moved` are the bytes that the implementation must read."""
     p10, p50, p90 = (1e3 * value for value in quantiles(timing.seconds))

@@ -22,6 +22,9 @@ from bankwise.models.checkpoint import load_checkpoint
 from bankwise.processes import on_own_device
 from bankwise.upcycle.narrow import narrow_dense
 
+COMPANION = "companion"
+"""Name of the training whose model is the dense companion."""
+
 DENSE_NARROW = "dense_narrow"
 """The one control that is a dense model."""
 

@@ -27,6 +27,7 @@ from bankwise.config import Stage
 from bankwise.errors import TrainingError
 from bankwise.ffn import RoutingRecord, SparseSwiGLU
 from bankwise.training.checkpointing import append_line, trim_record
+from bankwise.training.controls import COMPANION
 from bankwise.training.failure_signs import FailureSigns
 from bankwise.training.probe import RoutingProbe
 
@@ -128,14 +129,9 @@ class Telemetry(TrainerCallback):
     def _read_companion(self) -> dict[int, float]:
         """Cross entropy of the companion in this stage, by step."""
         file = self.trainer.metrics_file
-        if file is None or not file.is_file() or self.stage.k_schedule != "fixed":
+        if file is None or self.stage.k_schedule != "fixed":
             return {}
-        lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        return {
-            line["step"]: line["ce"]
-            for line in lines
-            if line["model"] == "companion" and line["stage"] == self.stage.name
-        }
+        return {line["step"]: line["ce"] for line in _lines_of(file, COMPANION) if line["stage"] == self.stage.name}
 
     def _read(self, step: int) -> None:
         if torch.accelerator.is_available():
@@ -252,12 +248,19 @@ def _scalars(line: dict[str, Any]) -> dict[str, float]:
 
 def _lines_before(file: Path, model: str, first: int, last: int) -> list[dict[str, Any]]:
     """The lines that an interrupted training of this model wrote between two token counts, each step once."""
-    if not file.is_file() or last == first:
+    if last == first:
         return []
-    lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
     kept = {
         line["tokens"]: line
-        for line in lines
-        if line["model"] == model and first <= line["tokens"] <= last and "warning" not in line
+        for line in _lines_of(file, model)
+        if first <= line["tokens"] <= last and "warning" not in line
     }
     return [kept[tokens] for tokens in sorted(kept)]
+
+
+def _lines_of(file: Path, model: str) -> list[dict[str, Any]]:
+    """The lines of one model in a record, none where there is no file yet."""
+    if not file.is_file():
+        return []
+    lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line["model"] == model]

@@ -39,6 +39,7 @@ from bankwise.training.checkpointing import (
     trim_record,
     whole_checkpoints,
 )
+from bankwise.training.controls import COMPANION
 from bankwise.training.optimizer import has_trainable_predictors, parameter_groups, select_trained
 from bankwise.training.progress import PrintProgress
 from bankwise.training.schedules import ChannelSchedule, aux_weight, scheduler_arguments
@@ -46,10 +47,6 @@ from bankwise.training.sharding import check_sharding, keep_sums_in_float32
 from bankwise.training.state_distillation import state_distance
 from bankwise.training.stopping import StopAtSignal
 from bankwise.training.telemetry import Telemetry, TelemetryPlan
-
-COMPANION = "companion"
-"""Name of the training whose model is the dense companion."""
-
 
 _WITHOUT_EFFECT = {
     "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "num_train_epochs",
