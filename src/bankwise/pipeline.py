@@ -428,7 +428,11 @@ def train_model(
         resume=resume,
         seed=recipe.seed,
         metrics_file=folder / "metrics.jsonl",
-        arguments={"report_to": recipe.report_to} | recipe.trainer,
+        arguments={
+            "report_to": recipe.report_to,
+            **recipe.trainer,
+            "run_name": f"{recipe.trainer.get('run_name') or folder.resolve().name}/{name}",
+        },
         quiet=quiet,
     )
     if is_main():

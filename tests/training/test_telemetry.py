@@ -3,13 +3,19 @@
 import json
 import logging
 import math
+import sys
+from importlib.machinery import ModuleSpec
 from statistics import mean
+from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from training.tiny_run import weights
+from training.tiny_run import tiny_recipe, weights, write_model, write_texts
 from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
+import bankwise
 from bankwise.config import Stage
 from bankwise.data import probe_windows
 from bankwise.errors import ConfigError, TrainingError
@@ -411,3 +417,51 @@ def test_a_tracker_that_cannot_be_loaded_is_refused(report_to, message, monkeypa
 def test_trackers_that_are_there_are_accepted():
     for report_to in ([], "none", ["all"], ["tensorboard"], ["kubeflow"]):
         check_trackers(report_to)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package, of what transformers calls; `opened` and `closed` name the runs."""
+    module = ModuleType("wandb")
+    module.__spec__ = ModuleSpec("wandb", None)
+    module.run, module.opened, module.closed, module.config = None, [], [], MagicMock()
+
+    def init(name: str | None = None, **settings: object) -> None:
+        module.run = MagicMock()
+        module.opened.append(name)
+
+    def finish() -> None:
+        module.run = None
+        module.closed.append(module.opened[-1])
+
+    module.init, module.finish, module.log, module.define_metric = init, finish, MagicMock(), MagicMock()
+    config_util = ModuleType("wandb.sdk.lib.config_util")
+    config_util.ConfigError = ValueError
+    monkeypatch.setenv("WANDB_WATCH", "false")
+    for name, part in {"wandb": module, config_util.__name__: config_util}.items():
+        monkeypatch.setitem(sys.modules, name, part)
+    for name in ("wandb.sdk", "wandb.sdk.lib"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)
+    return module
+
+
+@pytest.fixture
+def tracked_run(tiny_dense, tokenizer, tmp_path):
+    """A run of two models and two stages that reports to W&B; its trackers' name is `demo`."""
+    model = write_model(tmp_path / "dense", tiny_dense(), tokenizer)
+    settings = tiny_recipe(model, write_texts(tmp_path / "texts"), tmp_path / "demo", report_to=["wandb"])
+    settings["stages"] *= 2
+    return lambda: bankwise.run(settings, quiet=True)
+
+
+def test_every_model_and_stage_has_its_own_tracker_run(tracked_run, wandb):
+    tracked_run()
+    assert wandb.opened == ["demo/companion/0", "demo/companion/1", "demo/sparse/0", "demo/sparse/1"]
+    assert wandb.closed == wandb.opened
+
+
+def test_a_tracker_run_that_was_open_before_stays_open(tracked_run, wandb):
+    wandb.init(name="sweep")
+    tracked_run()
+    assert (wandb.opened, wandb.closed) == (["sweep"], [])

@@ -16,6 +16,7 @@ from bankwise.training.checkpointing import checkpoint_step, last_whole_checkpoi
 from bankwise.training.optimizer import has_trainable_predictors
 from bankwise.training.rope import change_rope
 from bankwise.training.telemetry import TelemetryPlan
+from bankwise.training.trackers import own_tracker_run
 from bankwise.training.trainer import UpcyclingTrainer
 
 
@@ -77,7 +78,8 @@ def train_stages(
                 tokens_before=tokens,
                 **settings,
             )
-            trainer.train(resume_from_checkpoint=str(last) if number == first and last is not None else None)
+            with own_tracker_run():
+                trainer.train(resume_from_checkpoint=str(last) if number == first and last is not None else None)
             if is_apart:
                 copy_whole(trained, model)
             model.zero_grad(set_to_none=True)

@@ -1,7 +1,10 @@
-"""Trackers beside the run's own files (`report_to`): refused before work starts where they cannot be loaded."""
+"""Trackers beside the run's own files (`report_to`): refused before work starts where they cannot be loaded, and one
+tracker run for every training."""
 
 import importlib.util
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -30,3 +33,19 @@ def check_trackers(report_to: str | Sequence[str]) -> None:
             raise ConfigError(
                 f"report_to={name!r} needs the package {package}: pip install {package}, or take it out of report_to"
             )
+
+
+@contextmanager
+def own_tracker_run() -> Iterator[None]:
+    """Close the W&B run that a training opened: transformers leaves it open, and the next model would log into it.
+
+    A run that was open before, such as a sweep's, stays open and takes everything.
+    """
+    is_given = _wandb_is_open()
+    yield
+    if not is_given and _wandb_is_open():
+        sys.modules["wandb"].finish()
+
+
+def _wandb_is_open() -> bool:
+    return getattr(sys.modules.get("wandb"), "run", None) is not None

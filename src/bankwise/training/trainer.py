@@ -111,6 +111,8 @@ class UpcyclingTrainer(CheckpointingTrainer):
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"trainer={arguments} is not accepted by TrainingArguments: {error}") from error
+        if training_arguments.run_name and stage.name:
+            training_arguments.run_name += f"/{stage.name}"
         # With several GPUs and no launcher the Trainer would run DataParallel, and a step have more tokens than asked.
         training_arguments._n_gpu = min(1, training_arguments.n_gpu)
         self.rows: Sized = rows  # type: ignore[assignment]  # map-style: Dataset has no __len__ in its type
