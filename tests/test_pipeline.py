@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import weakref
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 import bankwise
 from bankwise import pipeline
-from bankwise.config import load_recipe
+from bankwise.config import dump_recipe, load_recipe
 from bankwise.errors import ConfigError, DataError, ModelLoadError, TrainingError
 from bankwise.pipeline import load_data
 from bankwise.report import summary_table
@@ -338,6 +339,22 @@ def test_a_resumed_run_keeps_its_controls_and_everything_else(controlled, change
     with pytest.raises(ConfigError, match="only its controls may grow"):
         bankwise.run(controlled.folder / "recipe.yaml", overrides=change, resume=True, quiet=True)
     assert (controlled.folder / "recipe.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["untrained", "companion", "checkpoint"])
+def test_a_damaged_model_is_named_and_not_gone_on_from(finished, tmp_path, name):
+    settings = load_recipe(finished.folder / "recipe.yaml", [f"output={tmp_path / 'run'}"])
+    folder = Path(shutil.copytree(finished.folder, settings.output))
+    (folder / "recipe.yaml").write_text(dump_recipe(settings))
+    weights = folder / name / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{folder / name} is damaged \(model.safetensors: sha256 differs\); delete"):
+        bankwise.run(settings, resume=True, quiet=True)
+    (folder / name / "manifest.json").unlink()
+    bankwise.run(settings, resume=True, quiet=True)
+    assert weights.read_bytes() == content
 
 
 def test_an_interrupted_control_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from bankwise.evaluation_report import plan_values, report_models, run_models
 from bankwise.ffn.allocator import keep_freed_memory
 from bankwise.files import remove_leftovers, write_json, write_text
 from bankwise.inference import generate_text
+from bankwise.manifest import MANIFEST, damage
 from bankwise.models.checkpoint import load_checkpoint, save_checkpoint
 from bankwise.models.cost import token_cost
 from bankwise.models.modeling import use_chunked_loss
@@ -111,6 +112,8 @@ def run(
         check_models({"dense": recipe.model}, plan)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite)
     wait_for_all()  # before the main process writes to the folder that the others look at
+    if resume:
+        check_saved_models(folder)
     keep_freed_memory()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -205,6 +208,8 @@ def train(
     folder = Path(recipe.output)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite, inputs=[checkpoint])
     wait_for_all()
+    if resume:
+        check_saved_models(folder)
     quiet = quiet or not is_main()
     keep_freed_memory()
     if recipe.threads:
@@ -284,6 +289,21 @@ def check_folder(
                 f"{folder} was started with another recipe, so it cannot be resumed with this one; "
                 f"use the recipe in {saved} (only its controls may grow), or choose another folder with output=..."
             )
+
+
+def check_saved_models(folder: Path) -> None:
+    """Refuse to go on from a model that a run saved in `folder` and whose files have changed since."""
+
+    def first_damaged() -> str | None:
+        for model in sorted(path for path in folder.glob("[!.]*") if (path / MANIFEST).is_file()):
+            if reason := damage(model):
+                return f"{model} is damaged ({reason})"
+        return None
+
+    if damaged := from_main(first_damaged):
+        raise ConfigError(
+            f"{damaged}; delete that folder and it is made again, or delete its {MANIFEST} to go on with it as it is"
+        )
 
 
 def _continues(recipe: Recipe, saved: Recipe) -> bool:

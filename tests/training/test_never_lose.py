@@ -19,10 +19,11 @@ from training.lives import STEPS, Moments, append_half, live, live_in_two, train
 from transformers import Trainer, TrainerCallback
 
 from bankwise.errors import Interrupted, TrainingError
+from bankwise.manifest import MANIFEST
 from bankwise.models.checkpoint import save_checkpoint
 from bankwise.signals import StopRequest, end_at_once
 from bankwise.training import UpcyclingTrainer, checkpointing
-from bankwise.training.checkpointing import MANIFEST, last_whole_checkpoint, trim_record, whole_checkpoints
+from bankwise.training.checkpointing import last_whole_checkpoint, trim_record, whole_checkpoints
 
 
 @pytest.fixture

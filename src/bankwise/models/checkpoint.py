@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from bankwise.errors import ModelLoadError
 from bankwise.files import put_folder
+from bankwise.manifest import write_manifest
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> Path:
-    """Write model and tokenizer to `folder`, replacing what is there only once everything is on disk."""
+    """Write model, tokenizer and a manifest of checksums to `folder`, replacing what is there only once everything is
+    on disk."""
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -22,6 +24,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     model.save_pretrained(partial)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
+    write_manifest(partial)
     put_folder(partial, folder)
     return folder
 

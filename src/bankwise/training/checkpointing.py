@@ -8,11 +8,9 @@ see, unless `save_on_each_node` is set.
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +20,15 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bankwise.errors import TrainingError
-from bankwise.files import file_sha256, put_folder, remove_folder, write_json, write_text
+from bankwise.files import put_folder, remove_folder, write_json, write_text
+from bankwise.manifest import damage, write_manifest
 from bankwise.processes import from_main
 
 LONGEST_UNSAVED_S = 1800.0
 """Most seconds of training that a kill takes away from a stage without `save_steps`."""
 
-MANIFEST = "manifest.json"
 _OWN_STATE = "own_state.json"
 _PREFIX = "checkpoint-"
-_THREADS = min(8, os.cpu_count() or 1)
 
 # What torch.save says, which writes past Python and names no errno.
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
@@ -150,45 +147,6 @@ def read_own_state(checkpoint: Path) -> dict[str, Any]:
     """What `CheckpointingTrainer.own_state` gave when the checkpoint was written."""
     state: dict[str, Any] = json.loads((checkpoint / _OWN_STATE).read_text(encoding="utf-8"))
     return state
-
-
-def write_manifest(checkpoint: Path) -> None:
-    """Write size and SHA-256 of every file of the checkpoint into `manifest.json`."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(_THREADS) as pool:
-        hashes = pool.map(file_sha256, files)
-        entries = {
-            path.relative_to(checkpoint).as_posix(): {"size": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(files, hashes, strict=True)
-        }
-    write_json(checkpoint / MANIFEST, {"format": "bankwise-checkpoint/1", "files": entries})
-
-
-def damage(checkpoint: Path, *, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint, by its manifest; None where it is whole.
-
-    Without `contents`, only names and sizes are compared, which reads no weights.
-    """
-    try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
-    except FileNotFoundError:
-        return f"no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} cannot be read"
-    for name, (size, _) in expected.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    if contents:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            hashes = pool.map(file_sha256, [checkpoint / name for name in expected])
-            for (name, (_, digest)), found in zip(expected.items(), hashes, strict=True):
-                if found != digest:
-                    return f"{name}: sha256 differs"
-    return None
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
