@@ -1,19 +1,23 @@
 """On what a run works: the choice, and that every step of the pipeline works there."""
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from training.tiny_run import tiny_recipe, write_model, write_texts
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import bankwise
-from bankwise import pipeline, processes
+from bankwise import cli, pipeline, processes
+from bankwise.config import CalibrationConfig, SparsityConfig
 from bankwise.errors import ConfigError
+from bankwise.upcycle import Conversion, convert
 
 
 def test_cuda_is_refused_where_there_is_none_before_anything_is_read(
@@ -39,7 +43,57 @@ def test_a_model_is_on_the_device_for_the_work_and_then_back_home(monkeypatch: p
     assert places == ["cuda:3", "cpu"]
 
 
-def test_conversion_measuring_and_generation_happen_on_the_own_device(
+def test_a_conversion_has_one_model_at_a_time_on_its_device(
+    tiny_dense: Callable[..., PreTrainedModel], tokens: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves: list[tuple[str, str]] = []
+    to = PreTrainedModel.to
+
+    def recorded(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+        moves.append((model.config.model_type, str(device)))
+        return to(model, device)  # type: ignore[arg-type]  # its wrapper lost the type of the argument
+
+    monkeypatch.setattr(PreTrainedModel, "to", recorded)
+    dense = tiny_dense()
+    convert(
+        dense, SparsityConfig(predictor_rank=32), tokens(8, 32), CalibrationConfig(), device=torch.device("cpu", 0),
+        progress=False,
+    )  # fmt: skip
+    there = [(name, place) for name, place in moves if place == "cpu:0" or name == "llama"]
+    assert there == [("llama", "cpu:0"), ("llama", "cpu"), ("bankwise_llama", "cpu:0")]
+
+
+@pytest.mark.parametrize("command", ["run", "upcycle"])
+def test_conversions_are_given_the_own_device(
+    command: str,
+    tiny_dense: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = write_model(tmp_path / "dense", tiny_dense(), tokenizer)
+    recipe = tiny_recipe(model, write_texts(tmp_path / "texts"), tmp_path / "run", stages=[])
+    places = []
+
+    def recorded(*arguments: Any, device: torch.device, **settings: Any) -> Conversion:
+        places.append(device)
+        return convert(*arguments, **settings)
+
+    monkeypatch.setattr(processes, "own_device", lambda: torch.device("cpu", 7))
+    if command == "run":
+        monkeypatch.setattr(pipeline, "own_device", processes.own_device)
+        monkeypatch.setattr(pipeline, "convert", recorded)
+        monkeypatch.setattr(pipeline, "on_own_device", nullcontext)
+        bankwise.run(recipe, quiet=True)
+    else:
+        monkeypatch.setattr(sys.modules["bankwise.upcycle"], "convert", recorded)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        assert cli.main(["upcycle", str(model), str(tmp_path / "sparse"), "--recipe", str(path), "--quiet"]) == 0
+    assert places == [torch.device("cpu", 7)]
+
+
+def test_measuring_and_generation_happen_on_the_own_device(
     tiny_dense: Callable[..., PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
@@ -65,7 +119,7 @@ def test_conversion_measuring_and_generation_happen_on_the_own_device(
         return check
 
     monkeypatch.setattr(pipeline, "on_own_device", moved)
-    steps = ("convert", "perplexity_and_recall", "active_fraction", "generate_text")
+    steps = ("perplexity_and_recall", "active_fraction", "generate_text")
     for name in steps:
         monkeypatch.setattr(pipeline, name, checked(name))
     model = write_model(tmp_path / "dense", tiny_dense(), tokenizer)

@@ -267,7 +267,7 @@ def _upcycle(options: argparse.Namespace) -> int:
     from bankwise.ffn.allocator import keep_freed_memory
     from bankwise.models.checkpoint import save_checkpoint
     from bankwise.pipeline import conversion_line
-    from bankwise.processes import on_own_device, use_device
+    from bankwise.processes import own_device, use_device
     from bankwise.upcycle import convert, load_dense
 
     keep_freed_memory()
@@ -286,8 +286,9 @@ def _upcycle(options: argparse.Namespace) -> int:
             seed=settings.seed,
         )
     use_device(recipe.device)
-    with on_own_device(dense.model):
-        conversion = convert(dense.model, recipe.sparsity, windows, settings, progress=not options.quiet)
+    conversion = convert(
+        dense.model, recipe.sparsity, windows, settings, device=own_device(), progress=not options.quiet
+    )
     save_checkpoint(conversion.model, dense.tokenizer, options.output)
     write_json(options.output / "upcycle.json", conversion.report)
     print(f"{conversion_line(conversion.report)}\ncheckpoint  {options.output}")

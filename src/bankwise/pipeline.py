@@ -41,6 +41,7 @@ from bankwise.processes import (
     join_processes,
     main_first,
     on_own_device,
+    own_device,
     use_device,
     wait_for_all,
 )
@@ -506,8 +507,9 @@ def _converted(
         wait_for_all()
         return load_checkpoint(target, dtype=torch.float32)[0]
     say(f"upcycling {dense.name} ({recipe.calibration.tokens} calibration tokens)")
-    with on_own_device(dense.model):
-        conversion = convert(dense.model, recipe.sparsity, data.calibration, recipe.calibration, progress=not quiet)
+    conversion = convert(
+        dense.model, recipe.sparsity, data.calibration, recipe.calibration, device=own_device(), progress=not quiet
+    )
     converted: Any = conversion.model
     converted.cpu()
     say(conversion_line(conversion.report))

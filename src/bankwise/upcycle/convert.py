@@ -169,23 +169,30 @@ def convert(
     windows: Tensor | None,
     settings: CalibrationConfig,
     *,
+    device: torch.device | None = None,
     progress: bool = True,
 ) -> Conversion:
-    """Sparse model and the figures of its fit, from calibration windows [n, length] or (None) from the weights."""
+    """Sparse model and the figures of its fit, from calibration windows [n, length] or (None) from the weights.
+
+    Both models work on `device` (default: where `dense` lies) one after the other, so it holds one of them where
+    `dense` lies elsewhere. `dense` comes back; the sparse model stays there.
+    """
     started = time.perf_counter()
     if settings.init == "ridge" and sparsity.predictor_form != "linear":
         raise ConfigError("calibration.init='ridge' fits predictor_form='linear' only; use 'svd_act' or 'auto'")
     # Of the machine's GPUs only the one that is used: forking the state of all of them would start them all.
-    cuda = [dense.device] if dense.device.type == "cuda" else []
+    home, device = dense.device, device or dense.device
+    cuda = [device] if device.type == "cuda" else []
+    check = None if windows is None else check_windows(windows)
     with torch.random.fork_rng(devices=cuda), bf16_router_products():
         torch.manual_seed(settings.seed)
-        model = sparse_twin(dense, sparsity).eval()
+        dense_loss = None if check is None else _mean_loss(_moved(dense, device), check)
+        model = _moved(sparse_twin(_moved(dense, home), sparsity), device).eval()
         layers = _fit_layers(model, sparsity, windows, settings, progress)
     report: dict[str, Any] = {"tokens": 0 if windows is None else windows.numel(), "layers": layers}
-    if windows is not None and layers:
-        check = check_windows(windows)
+    if check is not None and layers:
         report["before"] = {
-            "loss": _mean_loss(dense, check),
+            "loss": dense_loss,
             "retained energy of the bank oracle": _mean(layers, "retained_oracle_before"),
             "retained energy of the predictor": _mean(layers, "retained_start"),
             "recall of the oracle's channels": _mean(layers, "recall_start"),
@@ -198,6 +205,11 @@ def convert(
         }
     report["seconds"] = time.perf_counter() - started
     return Conversion(model, report)
+
+
+def _moved(model: Any, device: torch.device) -> PreTrainedModel:
+    moved: PreTrainedModel = model.to(device)
+    return moved
 
 
 def _mean(layers: list[dict[str, Any]], key: str) -> float:
