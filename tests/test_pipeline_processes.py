@@ -16,12 +16,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import bankwise
 from bankwise.errors import ConfigError
 
+WITHOUT_TEXTS = """
+import os
+import sys
+from bankwise import cli
+from bankwise.data import sources
 
-def torchrun(recipe: dict[str, Any], file: Path) -> subprocess.CompletedProcess[str]:
+if os.environ["RANK"] != "0":
+    def read(source):
+        raise AssertionError(f"a process that is not the main one reads {source.path}")
+    sources._read = read
+sys.exit(cli.main(sys.argv[1:]))
+"""
+"""`bankwise` in which only the main process can read texts."""
+
+
+def torchrun(recipe: dict[str, Any], file: Path, program: str) -> subprocess.CompletedProcess[str]:
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    file.with_suffix(".py").write_text(program, encoding="utf-8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*launcher, "-m", "bankwise.cli", "run", str(file)],
+        [*launcher, str(file.with_suffix(".py")), "run", str(file)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -42,7 +57,7 @@ def test_a_run_of_two_processes_writes_what_one_process_writes(
     changes |= {"controls": ["dense_narrow"]}
     alone = bankwise.run(tiny_recipe(model, texts, tmp_path / "alone", **changes), quiet=True)
     recipe = tiny_recipe(model, texts, tmp_path / "together", **changes)
-    finished = torchrun(recipe, tmp_path / "recipe.yaml")
+    finished = torchrun(recipe, tmp_path / "recipe.yaml", WITHOUT_TEXTS)
     assert finished.returncode == 0, finished.stderr[-4000:]
 
     together = tmp_path / "together"

@@ -346,9 +346,12 @@ def _write_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool
 
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: bool = False) -> RunData:
-    """Calibration windows and training rows, both from the training split, and held-out windows."""
-    with main_first():
-        held_out = held_out_windows(
+    """Calibration windows and training rows, both from the training split, and held-out windows.
+
+    The main process reads the texts; the others are given the windows, and read rows from the cache of tokens.
+    """
+    held_out = from_main(
+        lambda: held_out_windows(
             recipe.data,
             tokenizer,
             seq_len=recipe.eval.seq_len,
@@ -356,33 +359,35 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: b
             held_out_fraction=recipe.held_out_fraction,
             seed=recipe.seed,
         )
+    )
 
     @functools.cache  # every model of the run trains on the same rows
     def rows(number: int) -> TrainingRows:
         stage = recipe.stages[number]
-        with main_first():
-            return training_rows(
-                stage.data or recipe.data,
-                tokenizer,
-                seq_len=stage.seq_len,
-                num_rows=stage.rows,
-                packing=stage.packing,
-                held_out_fraction=recipe.held_out_fraction,
-                seed=recipe.seed + number,
-                progress=progress,
-            )
+        return training_rows(
+            stage.data or recipe.data,
+            tokenizer,
+            seq_len=stage.seq_len,
+            num_rows=stage.rows,
+            packing=stage.packing,
+            held_out_fraction=recipe.held_out_fraction,
+            seed=recipe.seed + number,
+            progress=progress,
+        )
 
     settings = recipe.calibration
     calibration = None
     if settings.windows:
-        calibration = mixed_windows(
-            recipe.data,
-            tokenizer,
-            seq_len=settings.seq_len,
-            num_windows=settings.windows,
-            split="train",
-            held_out_fraction=recipe.held_out_fraction,
-            seed=settings.seed,
+        calibration = from_main(
+            lambda: mixed_windows(
+                recipe.data,
+                tokenizer,
+                seq_len=settings.seq_len,
+                num_windows=settings.windows,
+                split="train",
+                held_out_fraction=recipe.held_out_fraction,
+                seed=settings.seed,
+            )
         )
     return RunData(calibration, held_out, rows)
 

@@ -24,6 +24,7 @@ from bankwise.data.sources import Document, load_training_documents, source_name
 from bankwise.data.windows import encode
 from bankwise.errors import DataError
 from bankwise.files import put_folder
+from bankwise.processes import from_main
 
 _LAYOUT = 1  # of the files; another number makes every cached folder unread
 _CHARS_AT_ONCE = 1 << 23  # of text that is tokenised together: documents for all cores, some 300 MB for a moment
@@ -53,22 +54,26 @@ def tokenized_training_split(
 ) -> TokenizedDocuments:
     """The training documents of `source` that have min_tokens to max_tokens tokens, their eos included.
 
-    The tokenizer's own threads use all cores, with no process to start. Processes that ask at the same time wait for
-    the one that tokenises. Each document has its bos by the tokenizer's rule and ends with eos where there is one.
+    The tokenizer's own threads use all cores, with no process to start. All processes of a launch call it: the main one
+    reads the documents, the others only where their machine has a cache of its own. Launches that ask at the same
+    time wait for the one that tokenises. Each document has its bos by the tokenizer's rule and ends with eos where
+    there is one.
     """
-    documents = load_training_documents(source, held_out_fraction)
-    folder = cache_folder("tokens") / _key(documents, tokenizer)
+    tokens = cache_folder("tokens")
+
+    def tokenise() -> str:
+        return _tokenise(tokens, source, tokenizer, held_out_fraction, progress)
+
     try:
+        folder = tokens / from_main(tokenise)
         lengths = _lengths(folder)
         if lengths is None:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_suffix(".lock")):
-                lengths = _lengths(folder)
-                if lengths is None:
-                    lengths = _write(folder, documents, tokenizer, source_name(source), progress)
+            tokenise()
+            lengths = _lengths(folder)
+        assert lengths is not None
     except OSError as error:
         raise DataError(
-            f"the tokens of {source.path} cannot be kept in {folder} ({error.strerror}); set BANKWISE_CACHE to a "
+            f"the tokens of {source.path} cannot be kept in {tokens} ({error.strerror}); set BANKWISE_CACHE to a "
             "folder with space that can be written"
         ) from error
     starts = np.cumsum(lengths) - lengths
@@ -81,6 +86,20 @@ def tokenized_training_split(
             f"{lengths.max()}"
         )
     return TokenizedDocuments(folder / "tokens.bin", _dtype(tokenizer), starts[kept], lengths[kept])
+
+
+def _tokenise(
+    tokens: Path, source: DataSource, tokenizer: PreTrainedTokenizerBase, held_out_fraction: float, progress: bool
+) -> str:
+    """Name of the source's folder in `tokens`, which is there and whole afterwards."""
+    documents = load_training_documents(source, held_out_fraction)
+    folder = tokens / _key(documents, tokenizer)
+    if _lengths(folder) is None:
+        tokens.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if _lengths(folder) is None:
+                _write(folder, documents, tokenizer, source_name(source), progress)
+    return folder.name
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -118,8 +137,8 @@ def _lengths(folder: Path) -> np.ndarray | None:
 
 def _write(
     folder: Path, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, name: str, progress: bool
-) -> np.ndarray:
-    """Tokenise into a folder beside `folder` and put that in its place; returns the lengths of the documents.
+) -> None:
+    """Tokenise into a folder beside `folder` and put that in its place.
 
     The caller holds the lock, so what lies there already is what a killed process left.
     """
@@ -144,7 +163,6 @@ def _write(
         np.save(partial / "lengths.npy", np.array(lengths, dtype=np.int64))
         (partial / "dtype.txt").write_text(dtype, encoding="utf-8")
         put_folder(partial, folder)
-        return np.array(lengths, dtype=np.int64)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
