@@ -17,7 +17,9 @@ import bankwise
 from bankwise import cli, pipeline, processes
 from bankwise.config import CalibrationConfig, SparsityConfig
 from bankwise.errors import ConfigError
+from bankwise.training import controls
 from bankwise.upcycle import Conversion, convert
+from bankwise.upcycle.narrow import narrow_dense
 
 
 def test_cuda_is_refused_where_there_is_none_before_anything_is_read(
@@ -118,10 +120,18 @@ def test_measuring_and_generation_happen_on_the_own_device(
 
         return check
 
+    def narrowed(dense: PreTrainedModel, *arguments: Any, **settings: Any) -> PreTrainedModel:
+        assert there[-1] is dense, "the channels of dense_narrow are chosen on a model that was not moved"
+        worked.append("narrow_dense")
+        return narrow_dense(dense, *arguments, **settings)
+
     monkeypatch.setattr(pipeline, "on_own_device", moved)
+    monkeypatch.setattr(controls, "on_own_device", moved)
+    monkeypatch.setattr(controls, "narrow_dense", narrowed)
     steps = ("perplexity_and_recall", "active_fraction", "generate_text")
     for name in steps:
         monkeypatch.setattr(pipeline, name, checked(name))
     model = write_model(tmp_path / "dense", tiny_dense(), tokenizer)
-    bankwise.run(tiny_recipe(model, write_texts(tmp_path / "texts"), tmp_path / "run", stages=[]), quiet=True)
-    assert set(worked) == set(steps)
+    texts = write_texts(tmp_path / "texts")
+    bankwise.run(tiny_recipe(model, texts, tmp_path / "run", controls=["dense_narrow"]), quiet=True)
+    assert set(worked) == {*steps, "narrow_dense"}

@@ -4,6 +4,8 @@ import json
 import math
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 import bankwise
 from bankwise import SparsityConfig
@@ -98,6 +100,22 @@ def test_without_a_companion_differences_are_taken_to_dense(models, plan):
     report = evaluate_models(pair, load_plan(None, [*SMALL, "suites=[perplexity]", *data(plan)]), say=lambda text: None)
     assert report["reference"] == "dense"
     assert [column["name"] for column in report["columns"]] == ["dense", "sparse"]
+
+
+def test_every_model_and_baseline_works_on_the_own_device(models, plan, monkeypatch):
+    own, moved, to = torch.device("cpu", 5), [], PreTrainedModel.to
+
+    def recorded(model, device):
+        moved.append((model.config.model_type, device))
+        return to(model, "cpu")
+
+    monkeypatch.setattr(PreTrainedModel, "to", recorded)
+    monkeypatch.setattr(evaluator, "own_device", lambda: own)
+    pair = {name: models[name] for name in ("sparse", "dense")}
+    alone = load_plan(None, [*SMALL, "suites=[perplexity]", *data(plan)])
+    evaluate_models(pair, alone, baselines=["cats"], say=lambda text: None)
+    assert {name for name, _ in moved} == {"llama", "bankwise_llama"}
+    assert {device for _, device in moved} == {own}
 
 
 def data(plan):
