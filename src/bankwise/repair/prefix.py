@@ -1,35 +1,44 @@
-"""Reading the same prompts again with one layer changed, without computing the layers below it again.
+"""Reading the same prompts again with one feed-forward changed, without computing what lies below it again.
 
-`PrefixReader` is an `Engine`. While it records, it keeps what enters each decoder layer and the key-value cache; while
-it resumes at a layer, the layers below that one are not run. Everything after the prefill (answers, probes, generation)
-is the engine's own, so a resumed reading is the reading of the changed model.
+`PrefixReader` is an `Engine`. While it records, it keeps what enters the feed-forward of each decoder layer and the
+key-value cache; while it resumes at a layer, the layers below and that layer's attention are not run. Everything after
+the prefill (answers, probes, generation) is the engine's own, so a resumed reading is the reading of the changed model.
 
 Shapes: P prompts, S columns (tokens), D hidden, W windows.
 """
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from bankwise.evaluation.engine import Engine, Prefix, Request
+from bankwise.evaluation.engine import MIN_BF16_TOKENS, Engine, Prefix, Request
+from bankwise.ffn.precision import bf16_router_products
+from bankwise.precision import multiplies_bf16
 
 
 class PrefixStates:
-    """One forward pass of left-padded rows, from which passes with a change at some layer go on."""
+    """One forward pass of left-padded rows, from which passes with another feed-forward in some layer go on."""
 
     def __init__(self, model: PreTrainedModel, ids_PS: Tensor, mask_PS: Tensor) -> None:
         self._model = model
         self._inputs: list[Tensor] = []
-        """What enters each decoder layer, [P, S, D]."""
+        """The residual stream before each feed-forward and its norm, [P, S, D]."""
         self._arguments: list[dict[str, Any]] = []
-        """What else each decoder layer is given: mask, positions."""
+        """What each decoder layer is given beside its input: mask, positions."""
         self.cache = DynamicCache(config=model.config)
-        hooks = [block.register_forward_pre_hook(self._keep, with_kwargs=True) for block in model.model.layers]
+        hooks = [
+            hook
+            for block in model.model.layers
+            for hook in (
+                block.register_forward_pre_hook(self._keep_arguments, with_kwargs=True),
+                block.post_attention_layernorm.register_forward_pre_hook(self._keep_input),
+            )
+        ]
         try:
             self.hidden_PSD = model.model(
                 input_ids=ids_PS,
@@ -42,18 +51,23 @@ class PrefixStates:
             for hook in hooks:
                 hook.remove()
 
-    def _keep(self, _block: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
-        self._inputs.append(inputs[0] if inputs else arguments["hidden_states"])
+    def _keep_arguments(self, _block: nn.Module, _inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
         self._arguments.append({name: value for name, value in arguments.items() if name != "hidden_states"})
 
+    def _keep_input(self, _norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        self._inputs.append(inputs[0])
+
     def from_layer(self, layer: int) -> tuple[Tensor, DynamicCache]:
-        """Last hidden states [P, S, D] and cache of a pass that runs `layer` and those above it, as they are now."""
+        """Last hidden states [P, S, D] and cache of a pass that runs the feed-forward of `layer` and all layers above,
+        as they are now."""
         cache = DynamicCache(config=self._model.config)
-        for below in range(layer):
+        for below in range(layer + 1):
             # A shallow copy: layers append by concatenation, so what is kept here stays as it is.
             cache.layers[below : below + 1] = [copy.copy(self.cache.layers[below])]
+        blocks = self._model.model.layers
         hidden_PSD = self._inputs[layer]
-        for block, arguments in zip(self._model.model.layers[layer:], self._arguments[layer:], strict=True):
+        hidden_PSD = hidden_PSD + blocks[layer].mlp(blocks[layer].post_attention_layernorm(hidden_PSD))
+        for block, arguments in zip(blocks[layer + 1 :], self._arguments[layer + 1 :], strict=True):
             output = block(hidden_PSD, **arguments | {"past_key_values": cache})
             hidden_PSD = output[0] if isinstance(output, tuple) else output
         return self._model.model.norm(hidden_PSD), cache
@@ -62,8 +76,8 @@ class PrefixStates:
 class PrefixReader(Engine):
     """An engine that reads rows whole, and can resume at a layer what it has recorded.
 
-    What is read while resuming must have been recorded under the same weights below that layer; other rows are read
-    from the start.
+    What is read while resuming must have been recorded under the same weights below that layer's feed-forward; other
+    rows are read from the start.
     """
 
     _records = False
@@ -81,12 +95,20 @@ class PrefixReader(Engine):
 
     @contextmanager
     def resuming(self, layer: int) -> Iterator[None]:
-        """Read inside from the input of `layer` on."""
+        """Read inside from the feed-forward of `layer` on."""
         self._layer = layer
         try:
             yield
         finally:
             self._layer = None
+
+    def _precision(self, num_tokens: int) -> AbstractContextManager:
+        # As the model is trained: of a long row the router's float32 products are a third of the feed-forward.
+        stack = ExitStack()
+        if self.bf16 and num_tokens >= MIN_BF16_TOKENS and multiplies_bf16(self.device.type):
+            stack.enter_context(super()._precision(num_tokens))
+            stack.enter_context(bf16_router_products())
+        return stack
 
     @torch.no_grad()
     def window_states(self, windows_WS: Tensor) -> Tensor:

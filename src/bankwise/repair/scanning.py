@@ -248,8 +248,12 @@ class _Work:
 
     def _cost(self, batch: list[Sample]) -> float:
         depth = self.model.config.num_hidden_layers
-        passes = sum((depth - layer.layer) / depth for layer in self.layers) * (len(CHANGES) + 1) + 2
+        passes = sum(self._work()) / depth * (len(CHANGES) + 1) + 2
         return self._pass_cost(batch) * passes
+
+    def _work(self) -> list[float]:
+        """Layers that a change of each layer runs: that layer's feed-forward, about half of its work, and all above."""
+        return [self.model.config.num_hidden_layers - layer.layer - 0.5 for layer in self.layers]
 
     def _read(self, batch: list[Sample]) -> Iterator[float]:
         """Yields the share of the batch's work that is done: 0 after the plain reading, then layer by layer."""
@@ -286,9 +290,8 @@ class _Work:
                 yield (len(CHANGES) + share) / (len(CHANGES) + 1)
 
     def _shares(self) -> list[float]:
-        """Share of all layers' work that is done after each layer: the layers above it are read too."""
-        depth = self.model.config.num_hidden_layers
-        work = [depth - layer.layer for layer in self.layers]
+        """Share of all layers' work that is done after each layer."""
+        work = self._work()
         return [sum(work[: place + 1]) / sum(work) for place in range(len(work))]
 
 
