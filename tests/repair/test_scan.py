@@ -1,6 +1,7 @@
 """The scan: its values are those of plain readings, it resumes, and it refuses what it cannot read."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,6 +121,8 @@ def test_estimate_comes_before_the_layers(untrained: Untrained, words: PreTraine
     scan(untrained(), words, lengths=[512], samples=4, say=said.append)
     assert said[1].startswith("estimate: ")
     assert "100%" in said[-1]
+    percents = [int(re.search(r"(\d+)%", line).group(1)) for line in said[2:]]
+    assert percents == sorted(set(percents))
 
 
 def test_saved_scan_comes_back(untrained: Untrained, words: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -220,22 +220,25 @@ class _Work:
             f"scan of {len(self.layers)} layers: {sum(map(len, todo))} of {sum(map(len, batches))} samples to read, "
             f"{len(CHANGES) + 1} changes of each layer"
         )
-        started, done = time.monotonic(), 0.0
+        # The first reading is slower than all others (caches, code that is compiled on first use), so time counts from
+        # its end, and the estimate comes after the first change of the first layer.
+        started, cold, done, said = time.monotonic(), 0.0, 0.0, -1
         for number, batch in enumerate(todo, start=1):
-            for share in self._read(batch):
-                if share == 0 and number == 1:
-                    # One plain reading is done; the rest is a known multiple of it.
-                    seconds = (time.monotonic() - started) * (total / self._pass_cost(batch))
-                    say(f"estimate: {seconds / 60:.1f} minutes ({seconds:.0f} s)")
-                elapsed = time.monotonic() - started
-                finished = done + share * self._cost(batch)
-                if share:
-                    left = elapsed * (total - finished) / finished
+            for passes in self._read(batch):
+                done += passes * self._pass_cost(batch)
+                if not cold:
+                    started, cold = time.monotonic(), done
+                    continue
+                left = (time.monotonic() - started) * (total - done) / (done - cold)
+                if said < 0:
+                    say(f"estimate: {left / 60:.1f} minutes ({left:.0f} s)")
+                percent = int(100 * done / total + 1e-9)
+                if percent > said:
+                    said = percent
                     say(
-                        f"length {batch[0].length}, samples {number} of {len(todo)} batches, "
-                        f"{finished / total:4.0%}, {left / 60:.1f} minutes left"
+                        f"length {batch[0].length}, samples {number} of {len(todo)} batches, {percent:3}%, "
+                        f"{left / 60:.1f} minutes left"
                     )
-            done += self._cost(batch)
 
     def _steps(self) -> list[str]:
         changed = [_step(layer.layer, change) for layer in self.layers for change in (*CHANGES, DAMAGE)]
@@ -247,32 +250,34 @@ class _Work:
         return self.model.config.num_hidden_layers * len(batch) * length * (1 + length / 8192)
 
     def _cost(self, batch: list[Sample]) -> float:
-        depth = self.model.config.num_hidden_layers
-        passes = sum(self._work()) / depth * (len(CHANGES) + 1) + 2
-        return self._pass_cost(batch) * passes
+        """Of all readings of the batch that are not there yet."""
+        layers = [layer for layer in self.layers for change in (*CHANGES, DAMAGE) if self._misses(batch, layer, change)]
+        return self._pass_cost(batch) * (2 + sum(map(self._passes, layers)))
 
-    def _work(self) -> list[float]:
-        """Layers that a change of each layer runs: that layer's feed-forward, about half of its work, and all above."""
-        return [self.model.config.num_hidden_layers - layer.layer - 0.5 for layer in self.layers]
+    def _misses(self, batch: list[Sample], layer: SparseSwiGLU, change: str) -> bool:
+        return not self.values.has(batch, _step(layer.layer, change))
+
+    def _passes(self, layer: SparseSwiGLU) -> float:
+        """Share of a plain reading that a change of `layer` takes: its feed-forward, half a layer, and all above."""
+        depth: int = self.model.config.num_hidden_layers
+        return (depth - layer.layer - 0.5) / depth
 
     def _read(self, batch: list[Sample]) -> Iterator[float]:
-        """Yields the share of the batch's work that is done: 0 after the plain reading, then layer by layer."""
+        """Yields the work of each reading, in plain ones, as soon as it is done."""
         reader = PrefixReader(self.model, self.tokenizer, bf16=self.bf16, batch_tokens=self.batch_tokens)
         with reader.recording():
             self.values.put(batch, "sparse", self.metric.values(reader, batch))
-        yield 0.0
-        shares = self._shares()
-        for layer, share in zip(self.layers, shares, strict=True):
+        yield 1.0
+        for layer in self.layers:
             for change, applied in CHANGES.items():
-                step = _step(layer.layer, change)
-                if not self.values.has(batch, step):
+                if self._misses(batch, layer, change):
                     with applied(layer), reader.resuming(layer.layer):
-                        self.values.put(batch, step, self.metric.values(reader, batch))
-            yield share * len(CHANGES) / (len(CHANGES) + 1)
+                        self.values.put(batch, _step(layer.layer, change), self.metric.values(reader, batch))
+                    yield self._passes(layer)
         del reader
-        yield from self._read_reference(batch, shares)
+        yield from self._read_reference(batch)
 
-    def _read_reference(self, batch: list[Sample], shares: list[float]) -> Iterator[float]:
+    def _read_reference(self, batch: list[Sample]) -> Iterator[float]:
         model = self.model if self.companion is None else self.companion
         whole: AbstractContextManager[None] = all_dense(model) if self.companion is None else nullcontext()
         reader = PrefixReader(model, self.tokenizer, bf16=self.bf16, batch_tokens=self.batch_tokens)
@@ -280,19 +285,14 @@ class _Work:
         with whole:
             with reader.recording():
                 self.values.put(batch, "reference", self.metric.values(reader, batch))
-            for layer, share in zip(self.layers, shares, strict=True):
-                step = _step(layer.layer, DAMAGE)
-                if not self.values.has(batch, step):
+            yield 1.0
+            for layer in self.layers:
+                if self._misses(batch, layer, DAMAGE):
                     number = layer.layer
                     damage = keep(layer, own[number]) if self.companion is None else masked(self.companion, layer)
                     with damage, reader.resuming(number):
-                        self.values.put(batch, step, self.metric.values(reader, batch))
-                yield (len(CHANGES) + share) / (len(CHANGES) + 1)
-
-    def _shares(self) -> list[float]:
-        """Share of all layers' work that is done after each layer."""
-        work = self._work()
-        return [sum(work[: place + 1]) / sum(work) for place in range(len(work))]
+                        self.values.put(batch, _step(number, DAMAGE), self.metric.values(reader, batch))
+                    yield self._passes(layer)
 
 
 def _say_nothing(text: str) -> None:
