@@ -330,7 +330,7 @@ INLINE void store_digits(const Vector& x, Input* input) {
   input->digits = digits;
 }
 
-// False where fixed point cannot hold the input. Two digits (16 bits) are off by at most 1.6e-5 of a row's largest element,
+// False where fixed point cannot hold the input. Two digits (16 bits) are off by 1.6e-5 of a row's largest element at most,
 // which is less than the rounding of bfloat16 unless that element stands out; then, and for float32, there are three.
 bool load_digits(const void* x, Type type, Input* input) {
   const Vector values{x, type};
@@ -1144,8 +1144,8 @@ INLINE void add_batch(const int8_t* const* down, int64_t P, const Coefficients<d
   }
 }
 
-// Channels go in batches of kLanes, as in `gather_alone`, for any number of tokens: a token that does not keep a channel
-// has the coefficient 0. Every loop fetches the rows that come kAhead rows later.
+// Channels go in batches of kLanes, as in `gather_alone`, for any number of tokens: a token that does not keep one has
+// the coefficient 0. Every loop fetches the rows that come `rows_ahead` rows later.
 template <int digits>
 void gather_digits(const Decode& problem, const Selected* selected, int64_t num_selected, float* acc) {
   const int64_t P = problem.padded_hidden, tokens = problem.input.tokens;
@@ -1160,7 +1160,7 @@ void gather_digits(const Decode& problem, const Selected* selected, int64_t num_
     return within < 2 * kLanes ? record(start + within / 2) + within % 2 * P
                                : record(start + within - 2 * kLanes) + 2 * P;
   };
-  constexpr int kAhead = 8;
+  const int rows_ahead = P <= 2048 ? 8 : 2;  // measured at 1536 and at 3584: long rows push each other out of the cache
   Floats gate_rows[kMaxTokens][kLanes], up_rows[kMaxTokens][kLanes];
   Coefficients<digits> coefficients[kMaxTokens];
   for (int64_t first = 0; first < num_selected; first += kLanes) {
@@ -1181,7 +1181,7 @@ void gather_digits(const Decode& problem, const Selected* selected, int64_t num_
         keeps[t] |= ((one.tokens >> t) & 1) << c;
       }
       const int8_t* rows[2] = {record(first + c), record(first + c) + P};
-      const int8_t* later[2] = {row_at(first, 2 * c + kAhead), row_at(first, 2 * c + 1 + kAhead)};
+      const int8_t* later[2] = {row_at(first, 2 * c + rows_ahead), row_at(first, 2 * c + 1 + rows_ahead)};
       auto ahead = [&](int64_t i) __attribute__((always_inline)) {
         __builtin_prefetch(later[0] + i);
         __builtin_prefetch(later[1] + i);
@@ -1199,7 +1199,7 @@ void gather_digits(const Decode& problem, const Selected* selected, int64_t num_
     const int8_t *down[kLanes], *ahead[kLanes];
     for (int c = 0; c < kLanes; ++c) {
       down[c] = record(first + c) + 2 * P;
-      ahead[c] = row_at(first, 2 * kLanes + c + kAhead);
+      ahead[c] = row_at(first, 2 * kLanes + c + rows_ahead);
     }
     for (int64_t t = 0; t < tokens; ++t) {
       const Floats gate = sum_rows(gate_rows[t]) * scales[0] + gate_bias;
