@@ -330,7 +330,7 @@ INLINE void store_digits(const Vector& x, Input* input) {
   input->digits = digits;
 }
 
-// False where fixed point cannot hold the input. Two digits (16 bits) are off by 1.6e-5 of a row's largest element at most,
+// False where that cannot hold the input. Two digits (16 bits) are off by 1.6e-5 of a row's largest element at most,
 // which is less than the rounding of bfloat16 unless that element stands out; then, and for float32, there are three.
 bool load_digits(const void* x, Type type, Input* input) {
   const Vector values{x, type};
