@@ -189,6 +189,56 @@ def test_linear(isa, dtype, with_bias):
             assert relative_error(actual, exact) <= (1e-6 if dtype == torch.float32 else 4e-3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_inputs_with_one_element_far_above_the_rest(isa, dtype):
+    """Its weights are 0, so what counts is how well the small elements are resolved."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (40, 200), generator=generator, dtype=torch.int8)
+    codes[:, 7] = 0
+    scales = torch.rand(40, generator=generator) + 0.5
+    x = torch.randn(3, 200, generator=generator).to(dtype)
+    for size in (1.0, 30.0, 1e3, 1e4):
+        x[1:, 7] = size
+        exact = x.double() @ (codes.double() * scales.double()[:, None]).T
+        actual = torch.ops.bankwise.linear(x, codes, scales, None)
+        # float32: half a step of 24 bits is 6e-8 of the largest element.
+        assert relative_error(actual, exact) <= (1e-6 + 6e-8 * size if dtype == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_int8_inputs_that_are_not_finite_stay_so(isa, bad, dtype):
+    codes = torch.randint(-127, 128, (9, 100), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    codes[4] = 0
+    scales = torch.full((9,), 0.1)
+    x = torch.ones(3, 100, dtype=dtype)
+    x[1, 50] = bad
+    exact = x @ (codes * scales[:, None]).to(dtype).T
+    actual = torch.ops.bankwise.linear(x, codes, scales, None)
+    assert torch.equal(actual[1].isnan(), exact[1].isnan())
+    assert torch.equal(actual[1].isinf(), exact[1].isinf())
+    assert torch.isfinite(actual[[0, 2]]).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_int8_extremes(isa, tokens, dtype):
+    for scale in (0.0, 1e-37, 1e-12, 1e10):
+        case = Case(tokens=tokens, dtype=dtype)
+        layer, x = make_layer(case), make_input(case) * scale
+        packed = pack_int8(layer)
+        actual = dispatch.run_packed(layer, packed, x)
+        exact = expected(layer, x)
+        bound = 1e-5 if dtype == torch.float32 else 8e-3
+        assert (actual.double() - exact).abs().max() <= bound * exact.abs().max() + 1e-45
+    case = Case(tokens=tokens, dtype=dtype, bias=True)
+    layer = make_layer(case)
+    layer.gate_proj.bias.fill_(1e30)
+    layer.up_proj.bias.fill_(1e30)
+    assert not torch.isfinite(dispatch.run_packed(layer, pack_int8(layer), make_input(case))).any()
+
+
 @torch.no_grad()
 def test_limits_raise():
     layer = make_layer(Case())

@@ -38,7 +38,8 @@ def instruction_sets() -> dict[str, tuple[str, ...]]:
         "baseline": (),
         "avx2": ("-mavx2", "-mfma"),
         "avx512": _AVX512,
-        "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+        "avx512_vnni": (*_AVX512, "-mavx512vnni"),
+        "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
     }
 
 

@@ -5,7 +5,7 @@
 //
 // Lane order: a 16-bit or 8-bit weight becomes float32 by a shift inside its 32-bit lane, so a block of weights yields
 // its 1st, 3rd, ... and then its 2nd, 4th, ... elements (bfloat16), or every 4th (int8). Inputs and accumulators are
-// kept in that order, and no weight is ever shuffled.
+// kept in that order, and no weight is shuffled, except where int8 weights are multiplied as bytes (see `dot_bytes`).
 #include "kernels.h"
 
 #include <math.h>
@@ -63,6 +63,24 @@ template <int... I>
 struct MakeIndices<0, I...> {
   using type = Indices<I...>;
 };
+
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
+// body(Number<n>, t) for tokens t..t+n-1, at most four at a time.
+template <class Body>
+INLINE void for_tokens(int tokens, const Body& body) {
+  int t = 0;
+  for (; t + 4 <= tokens; t += 4) body(Number<4>(), t);
+  switch (tokens - t) {
+    case 3: return body(Number<3>(), t);
+    case 2: return body(Number<2>(), t);
+    case 1: return body(Number<1>(), t);
+    default: return;
+  }
+}
 
 // Adds neighbouring groups of G lanes of a, then of b; even groups of the result come from a, odd ones from b.
 template <int G, int... I>
@@ -163,7 +181,14 @@ INLINE int64_t lane_of(int64_t i, int parts) {
   return block * parts * kLanes + (within % parts) * kLanes + within / parts;
 }
 
+#if defined(__AVX512VNNI__)
+bool load_digits(const void* x, Type type, Input* input);
+#endif
+
 void load_input(const void* x, Type type, Type weights, Input* input) {
+#if defined(__AVX512VNNI__)
+  if (weights == kInt8 && load_digits(x, type, input)) return;
+#endif
   const int parts = weights == kFloat32 ? 1 : weights == kBFloat16 ? 2 : 4;
   Vector values{x, type};
   for (int64_t t = 0; t < input->tokens; ++t) {
@@ -237,6 +262,193 @@ INLINE void dot_row(const typename W::Element* w, const Input& input, const int*
   }
 }
 
+#if defined(__AVX512VNNI__)
+// int8 weights times inputs in fixed point: products of bytes, four of them added to each 32-bit lane at once. The
+// instruction takes one operand as unsigned, which is the weight plus 128; `Input::starts` takes 128 * x off again, and
+// as integers wrap around, the sums are exact. Only the step of the fixed point and the final sums are rounded.
+typedef int8_t Digits __attribute__((vector_size(kLanes)));
+
+INLINE Words unsigned_bytes(Words w) { return w ^ 0x80808080u; }
+
+INLINE Ints dot_bytes(Ints acc, Words unsigned_weights, Words digits) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)unsigned_weights, (__m512i)digits);
+}
+
+// The largest magnitude becomes 127 in the first of the digits.
+INLINE float largest_fixed(int digits) { return digits == 2 ? 127.0f * 256 : 127.0f * 256 * 256; }
+
+// Lane i of x / step, rounded, as signed bytes: x = step * sum of out[d] * 256^(digits - 1 - d).
+template <int digits>
+INLINE void split_digits(Floats x, float per_step, Digits* out) {
+  // The plain conversion would truncate; its form without a mask makes GCC 12 warn of its own header.
+  const Words rounded = (Words)_mm512_maskz_cvtps_epi32(0xffff, (__m512)(x * per_step));
+  // Adding 128 to every digit makes the signed digits the plain bytes of an unsigned number.
+  const Words biased = rounded + (digits == 2 ? 0x8080u : 0x808080u);
+  for (int d = 0; d < digits; ++d) {
+    out[d] = __builtin_convertvector((biased >> (8 * (digits - 1 - d))) ^ 0x80u, Digits);
+  }
+}
+
+// 1 / step for a largest magnitude, and whether fixed point can hold it: not infinity, NaN or what is next to 0.
+template <int digits>
+INLINE bool fixed_point(float largest, float* per_step) {
+  *per_step = largest == 0.0f ? 0.0f : largest_fixed(digits) / largest;
+  return largest - largest == 0.0f && *per_step < INFINITY;
+}
+
+// The largest magnitude of all lanes; NaN if there is one, or an infinity.
+INLINE float largest_of(Floats magnitudes, Floats not_finite) {
+  float largest = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane) largest = magnitudes[lane] > largest ? magnitudes[lane] : largest;
+  return largest + sum(not_finite);
+}
+
+INLINE Floats magnitude(Floats v) { return (Floats)((Ints)v & 0x7fffffff); }
+
+template <int digits>
+INLINE void store_digits(const Vector& x, Input* input) {
+  const int64_t columns = input->columns, padded = input->padded;
+  for (int64_t t = 0; t < input->tokens; ++t) {
+    float per_step;
+    fixed_point<digits>(input->steps[t], &per_step);
+    input->steps[t] /= largest_fixed(digits);
+    int8_t* bytes = input->bytes + t * digits * padded;
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const int64_t left = columns - i < kLanes ? columns - i : kLanes;
+      Digits split[digits];
+      split_digits<digits>(left > 0 ? elements(x, t * columns + i, (int)left) : Floats{}, per_step, split);
+      for (int d = 0; d < digits; ++d) store(bytes + d * padded + i, split[d]);
+    }
+    for (int d = 0; d < digits; ++d) {
+      Ints total = {};
+      for (int64_t i = 0; i < padded; i += kBytes) {
+        total = dot_bytes(total, Words{} + 0x80808080u, load<Words>(bytes + d * padded + i));
+      }
+      store(input->starts + (t * digits + d) * kLanes, -total);
+    }
+  }
+  input->digits = digits;
+}
+
+// False where that cannot hold the input. Two digits (16 bits) are off by 1.6e-5 of a row's largest element at most,
+// which is less than the rounding of bfloat16 unless that element stands out; then, and for float32, there are three.
+bool load_digits(const void* x, Type type, Input* input) {
+  const Vector values{x, type};
+  const int64_t columns = input->columns;
+  // A lane of a sum holds padded / 16 products of at most 128 * 128.
+  if (input->padded > (1 << 20)) return false;
+  bool wide = type == kFloat32;
+  for (int64_t t = 0; t < input->tokens; ++t) {
+    Floats largest = {}, total = {}, not_finite = {};
+    for (int64_t i = 0; i < columns; i += kLanes) {
+      const Floats v = elements(values, t * columns + i, (int)(columns - i < kLanes ? columns - i : kLanes));
+      largest = select(magnitude(v) > largest, magnitude(v), largest);
+      total += magnitude(v);
+      not_finite += v - v;
+    }
+    const float top = largest_of(largest, not_finite);
+    float per_step;
+    if (!fixed_point<3>(top, &per_step)) return false;
+    input->steps[t] = top;
+    wide |= top * (float)columns > 32.0f * sum(total);
+  }
+  if (wide) {
+    store_digits<3>(values, input);
+  } else {
+    store_digits<2>(values, input);
+  }
+  return true;
+}
+
+// `rows` rows of weights times n tokens; the sums over the lanes of out[row][token] are the dot products. `ahead` is
+// told every line that is reached.
+template <int digits, int rows, int n, class Ahead>
+INLINE void dot_digits(const int8_t* const* w, const Input& input, const int* which, int64_t columns, Floats (*out)[n],
+                       const Ahead& ahead) {
+  constexpr int kChains = rows * n == 1 ? 4 : 1;
+  Ints acc[rows][n][digits][kChains] = {};
+  for (int r = 0; r < rows; ++r) {
+    for (int t = 0; t < n; ++t) {
+      for (int d = 0; d < digits; ++d) acc[r][t][d][0] = load<Ints>(input.starts + (which[t] * digits + d) * kLanes);
+    }
+  }
+  auto step = [&](int64_t i, const Words* words, int chain) __attribute__((always_inline)) {
+    for (int t = 0; t < n; ++t) {
+      for (int d = 0; d < digits; ++d) {
+        const Words x = load<Words>(input.bytes + (which[t] * digits + d) * input.padded + i);
+        for (int r = 0; r < rows; ++r) {
+          acc[r][t][d][chain] = dot_bytes(acc[r][t][d][chain], unsigned_bytes(words[r]), x);
+        }
+      }
+    }
+  };
+  auto whole = [&](int64_t i, int chain) __attribute__((always_inline)) {
+    ahead(i);
+    Words words[rows];
+    for (int r = 0; r < rows; ++r) words[r] = load<Words>(w[r] + i);
+    step(i, words, chain);
+  };
+  int64_t i = 0;
+  for (; i + kChains * kBytes <= columns; i += kChains * kBytes) {
+    for (int chain = 0; chain < kChains; ++chain) whole(i + chain * kBytes, chain);
+  }
+  for (; i + kBytes <= columns; i += kBytes) whole(i, 0);
+  if (i < columns) {  // past the end the digits are zeros, so the weights may be anything
+    Words words[rows];
+    for (int r = 0; r < rows; ++r) words[r] = load_part<I8>(w[r] + i, columns - i);
+    step(i, words, 0);
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int t = 0; t < n; ++t) {
+      Floats total = {};
+      for (int d = 0; d < digits; ++d) {
+        Ints sums = acc[r][t][d][0];
+        for (int chain = 1; chain < kChains; ++chain) sums += acc[r][t][d][chain];
+        total = total * 256.0f + __builtin_convertvector(sums, Floats);
+      }
+      out[r][t] = total * input.steps[which[t]];
+    }
+  }
+}
+#endif
+
+// What is left to do for one row of `linear`: `out` holds its dot products with all tokens.
+INLINE void finish_row(const Linear& problem, int64_t row, const float* out) {
+  const float bias = problem.bias.data == nullptr ? 0.0f : element(problem.bias, row);
+  const float scale = problem.weight.type == kInt8 ? problem.weight.scales[row] : 1.0f;
+  for (int64_t t = 0; t < problem.input.tokens; ++t) {
+    const int64_t at = t * problem.weight.rows + row;
+    float value = out[t] * scale + bias;
+    if (problem.residual.data != nullptr) value += element(problem.residual, at);
+    if (problem.output_type == kFloat32) {
+      ((float*)problem.output)[at] = value;
+    } else {
+      ((uint16_t*)problem.output)[at] = to_bf16(value);
+    }
+  }
+}
+
+#if defined(__AVX512VNNI__)
+template <int digits>
+void linear_digits(const Linear& problem, int64_t begin, int64_t end) {
+  const Matrix& weight = problem.weight;
+  const int which[kMaxTokens] = {0, 1, 2, 3, 4, 5, 6, 7};
+  float out[kMaxTokens];
+  for (int64_t row = begin; row < end; ++row) {
+    const int8_t* w = (const int8_t*)weight.data + row * weight.stride;
+    const int64_t later = row + 3 < end ? 2 * weight.stride : 0;  // as in `linear_rows`
+    auto ahead = [&](int64_t i) __attribute__((always_inline)) { __builtin_prefetch(w + later + i); };
+    for_tokens((int)problem.input.tokens, [&](auto number, int t) __attribute__((always_inline)) {
+      constexpr int n = decltype(number)::value;
+      Floats lanes[1][n];
+      dot_digits<digits, 1, n>(&w, problem.input, which + t, weight.columns, lanes, ahead);
+      for (int k = 0; k < n; ++k) out[t + k] = sum(lanes[0][k]);
+    });
+    finish_row(problem, row, out);
+  }
+}
+#endif
+
 template <class W, bool use_halves>
 void linear_rows(const Linear& problem, int64_t begin, int64_t end) {
   using Element = typename W::Element;
@@ -248,32 +460,22 @@ void linear_rows(const Linear& problem, int64_t begin, int64_t end) {
     const Element* w = (const Element*)weight.data + row * weight.stride;
     // Three rows ahead: the hardware prefetcher follows the stream, but not across pages at its start.
     const char* ahead = row + 3 < end ? (const char*)(w + 2 * weight.stride) : nullptr;
-    int t = 0;
-    for (; t + 4 <= tokens; t += 4) dot_row<W, 4, use_halves>(w, problem.input, which + t, weight.columns, out + t, ahead);
-    switch (tokens - t) {
-      case 3: dot_row<W, 3, use_halves>(w, problem.input, which + t, weight.columns, out + t, ahead); break;
-      case 2: dot_row<W, 2, use_halves>(w, problem.input, which + t, weight.columns, out + t, ahead); break;
-      case 1: dot_row<W, 1, use_halves>(w, problem.input, which + t, weight.columns, out + t, ahead); break;
-      default: break;
-    }
-    const float bias = problem.bias.data == nullptr ? 0.0f : element(problem.bias, row);
-    const float scale = W::kType == kInt8 ? weight.scales[row] : 1.0f;
-    for (t = 0; t < tokens; ++t) {
-      float value = out[t] * scale + bias;
-      if (problem.residual.data != nullptr) value += element(problem.residual, t * weight.rows + row);
-      if (problem.output_type == kFloat32) {
-        ((float*)problem.output)[t * weight.rows + row] = value;
-      } else {
-        ((uint16_t*)problem.output)[t * weight.rows + row] = to_bf16(value);
-      }
-    }
+    for_tokens(tokens, [&](auto count, int t) __attribute__((always_inline)) {
+      dot_row<W, decltype(count)::value, use_halves>(w, problem.input, which + t, weight.columns, out + t, ahead);
+    });
+    finish_row(problem, row, out);
   }
 }
 
 void linear(const Linear& problem, int64_t begin, int64_t end) {
   switch (problem.weight.type) {
     case kFloat32: return linear_rows<F32, false>(problem, begin, end);
-    case kInt8: return linear_rows<I8, false>(problem, begin, end);
+    case kInt8:
+#if defined(__AVX512VNNI__)
+      if (problem.input.digits == 2) return linear_digits<2>(problem, begin, end);
+      if (problem.input.digits == 3) return linear_digits<3>(problem, begin, end);
+#endif
+      return linear_rows<I8, false>(problem, begin, end);
     case kBFloat16:
 #if defined(__AVX512BF16__)
       if (problem.input.halves != nullptr) return linear_rows<BF16, true>(problem, begin, end);
@@ -829,23 +1031,203 @@ void gather_of(const Decode& problem, const Selected* selected, int64_t num_sele
       which[count] = t;
       count += (selected[s].tokens >> t) & 1;
     }
-    int done = 0;
-    for (; done + 4 <= count; done += 4) {
-      gather_channel<W, 4, use_halves>(problem, channel, which + done, acc, next);
+    for_tokens(count, [&](auto number, int done) __attribute__((always_inline)) {
+      gather_channel<W, decltype(number)::value, use_halves>(problem, channel, which + done, acc, next);
+    });
+  }
+}
+
+#if defined(__AVX512VNNI__)
+// What one token multiplies the down columns of a batch of channels with, in fixed point relative to the largest.
+template <int digits>
+struct Coefficients {
+  Words quads[digits][kLanes / 4];  // the digits of channels 4q..4q+3, repeated in every lane
+  int32_t starts[digits];
+  float step;  // 0: nothing to add
+};
+
+template <int digits>
+INLINE bool split_coefficients(Floats h, Coefficients<digits>* out) {
+  float per_step;
+  const Floats size = magnitude(h);
+  const float top = largest_of(size, h - h);
+  if (!fixed_point<digits>(top, &per_step)) return false;
+  out->step = top / largest_fixed(digits);
+  Digits split[digits];
+  split_digits<digits>(h, per_step, split);
+  for (int d = 0; d < digits; ++d) {
+    uint32_t quads[kLanes / 4];
+    int8_t bytes[kLanes];
+    store(quads, split[d]);
+    store(bytes, split[d]);
+    for (int q = 0; q < kLanes / 4; ++q) out->quads[d][q] = Words{} + quads[q];
+    int32_t total = 0;
+    for (int c = 0; c < kLanes; ++c) total += bytes[c];
+    out->starts[d] = -128 * total;
+  }
+  return true;
+}
+
+// Bytes of four rows, so that each 32-bit lane holds one column: 16-byte group k, place m of out[j] is column
+// 16 k + 4 j + m.
+INLINE void interleave(const Words* rows, Words* out) {
+  const __m512i low01 = _mm512_unpacklo_epi8((__m512i)rows[0], (__m512i)rows[1]);
+  const __m512i high01 = _mm512_unpackhi_epi8((__m512i)rows[0], (__m512i)rows[1]);
+  const __m512i low23 = _mm512_unpacklo_epi8((__m512i)rows[2], (__m512i)rows[3]);
+  const __m512i high23 = _mm512_unpackhi_epi8((__m512i)rows[2], (__m512i)rows[3]);
+  out[0] = (Words)_mm512_unpacklo_epi16(low01, low23);
+  out[1] = (Words)_mm512_unpackhi_epi16(low01, low23);
+  out[2] = (Words)_mm512_unpacklo_epi16(high01, high23);
+  out[3] = (Words)_mm512_unpackhi_epi16(high01, high23);
+}
+
+// Groups of G lanes of a and b in turns, from the lower or upper half of every 16-byte group.
+template <int G, bool upper, int... I>
+INLINE Floats unpack_lanes(Floats a, Floats b, Indices<I...>) {
+  return __builtin_shufflevector(
+      a, b, (I / 4 * 4 + (upper ? 2 : 0) + I % 4 / (2 * G) * G + I % G + ((I / G) % 2 == 0 ? 0 : kLanes))...);
+}
+
+// Place m of vector j and place j of vector m change places in every 16-byte group: from the order of `interleave` to
+// that of the accumulators, in which lane l of vector p is column 4 l + p.
+INLINE void transpose(Floats* v) {
+  typename MakeIndices<kLanes>::type every;
+  const Floats low01 = unpack_lanes<1, false>(v[0], v[1], every), high01 = unpack_lanes<1, true>(v[0], v[1], every);
+  const Floats low23 = unpack_lanes<1, false>(v[2], v[3], every), high23 = unpack_lanes<1, true>(v[2], v[3], every);
+  v[0] = unpack_lanes<2, false>(low01, low23, every);
+  v[1] = unpack_lanes<2, true>(low01, low23, every);
+  v[2] = unpack_lanes<2, false>(high01, high23, every);
+  v[3] = unpack_lanes<2, true>(high01, high23, every);
+}
+
+// acc of every token += the down columns of kLanes channels times its coefficients.
+template <int digits>
+INLINE void add_batch(const int8_t* const* down, int64_t P, const Coefficients<digits>* coefficients, int64_t tokens,
+                      float* acc, const int8_t* const* ahead) {
+  constexpr int kQuads = kLanes / 4;
+  for (int64_t i = 0; i < P; i += kBytes) {
+    Words mixed[kQuads][4];
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuads; ++q) {
+      Words rows[4];
+      for (int c = 0; c < 4; ++c) {
+        __builtin_prefetch(ahead[4 * q + c] + i);
+        rows[c] = unsigned_bytes(load<Words>(down[4 * q + c] + i));
+      }
+      interleave(rows, mixed[q]);
     }
-    switch (count - done) {
-      case 3: gather_channel<W, 3, use_halves>(problem, channel, which + done, acc, next); break;
-      case 2: gather_channel<W, 2, use_halves>(problem, channel, which + done, acc, next); break;
-      case 1: gather_channel<W, 1, use_halves>(problem, channel, which + done, acc, next); break;
-      default: break;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Coefficients<digits>& own = coefficients[t];
+      if (own.step == 0.0f) continue;
+      Ints total[digits][4];
+#pragma GCC unroll 3
+      for (int d = 0; d < digits; ++d) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          total[d][j] = Ints{} + own.starts[d];
+#pragma GCC unroll 4
+          for (int q = 0; q < kQuads; ++q) total[d][j] = dot_bytes(total[d][j], mixed[q][j], own.quads[d][q]);
+        }
+      }
+      Floats sums[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        // Two digits of kLanes products are below 2^27.
+        sums[j] = __builtin_convertvector(total[0][j] * 256 + total[1][j], Floats);
+        if constexpr (digits == 3) sums[j] = sums[j] * 256.0f + __builtin_convertvector(total[2][j], Floats);
+      }
+      transpose(sums);
+      float* to = acc + t * P + i;
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) store(to + p * kLanes, load<Floats>(to + p * kLanes) + own.step * sums[p]);
     }
   }
 }
 
+// Channels go in batches of kLanes, as in `gather_alone`, for any number of tokens: a token that does not keep one has
+// the coefficient 0. Every loop fetches the rows that come `rows_ahead` rows later.
+template <int digits>
+void gather_digits(const Decode& problem, const Selected* selected, int64_t num_selected, float* acc) {
+  const int64_t P = problem.padded_hidden, tokens = problem.input.tokens;
+  // Past the end the last channel is read again, with coefficients of 0.
+  auto record = [&](int64_t s) __attribute__((always_inline)) {
+    return (const int8_t*)problem.packed + selected[s < num_selected ? s : num_selected - 1].channel * 3 * P;
+  };
+  // Rows in the order in which they are read: gate and up of every channel of a batch, then its down columns.
+  auto row_at = [&](int64_t first, int place) __attribute__((always_inline)) {
+    const int64_t start = first + place / (3 * kLanes) * kLanes;
+    const int within = place % (3 * kLanes);
+    return within < 2 * kLanes ? record(start + within / 2) + within % 2 * P
+                               : record(start + within - 2 * kLanes) + 2 * P;
+  };
+  const int rows_ahead = P <= 2048 ? 8 : 2;  // measured at 1536 and at 3584: long rows push each other out of the cache
+  Floats gate_rows[kMaxTokens][kLanes], up_rows[kMaxTokens][kLanes];
+  Coefficients<digits> coefficients[kMaxTokens];
+  for (int64_t first = 0; first < num_selected; first += kLanes) {
+    const int count = (int)(num_selected - first < kLanes ? num_selected - first : kLanes);
+    memset(gate_rows, 0, tokens * sizeof(gate_rows[0]));
+    memset(up_rows, 0, tokens * sizeof(up_rows[0]));
+    uint32_t keeps[kMaxTokens] = {};
+    Floats scales[3] = {}, gate_bias = {}, up_bias = {};
+    for (int c = 0; c < count; ++c) {
+      const Selected& one = selected[first + c];
+      for (int i = 0; i < 3; ++i) scales[i][c] = problem.scales[3 * (int64_t)one.channel + i];
+      if (problem.gate_bias.data != nullptr) gate_bias[c] = element(problem.gate_bias, one.channel);
+      if (problem.up_bias.data != nullptr) up_bias[c] = element(problem.up_bias, one.channel);
+      int which[kMaxTokens], kept = 0;
+      for (int t = 0; t < (int)tokens; ++t) {
+        which[kept] = t;
+        kept += (one.tokens >> t) & 1;
+        keeps[t] |= ((one.tokens >> t) & 1) << c;
+      }
+      const int8_t* rows[2] = {record(first + c), record(first + c) + P};
+      const int8_t* later[2] = {row_at(first, 2 * c + rows_ahead), row_at(first, 2 * c + 1 + rows_ahead)};
+      auto ahead = [&](int64_t i) __attribute__((always_inline)) {
+        __builtin_prefetch(later[0] + i);
+        __builtin_prefetch(later[1] + i);
+      };
+      for_tokens(kept, [&](auto number, int done) __attribute__((always_inline)) {
+        constexpr int n = decltype(number)::value;
+        Floats lanes[2][n];
+        dot_digits<digits, 2, n>(rows, problem.input, which + done, P, lanes, ahead);
+        for (int t = 0; t < n; ++t) {
+          gate_rows[which[done + t]][c] = lanes[0][t];
+          up_rows[which[done + t]][c] = lanes[1][t];
+        }
+      });
+    }
+    const int8_t *down[kLanes], *ahead[kLanes];
+    for (int c = 0; c < kLanes; ++c) {
+      down[c] = record(first + c) + 2 * P;
+      ahead[c] = row_at(first, 2 * kLanes + c + rows_ahead);
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Floats gate = sum_rows(gate_rows[t]) * scales[0] + gate_bias;
+      const Floats up = sum_rows(up_rows[t]) * scales[1] + up_bias;
+      const Floats all = gate / (1.0f + exp_of(-gate)) * up * scales[2];
+      const Floats h = select(lanes_of(keeps[t]), all, splat(0.0f));
+      if (split_coefficients(h, &coefficients[t])) continue;
+      // Not finite, or next to 0: in floating point, alone.
+      coefficients[t].step = 0.0f;
+      for (int c = 0; c < count; ++c) {
+        const float one = h[c];
+        if ((keeps[t] >> c) & 1) add_columns<I8, 1>(&down[c], P, &one, acc + t * P, &down[c]);
+      }
+    }
+    add_batch<digits>(down, P, coefficients, tokens, acc, ahead);
+  }
+}
+#endif
+
 void gather(const Decode& problem, const Selected* selected, int64_t num_selected, float* acc) {
   switch (problem.packed_type) {
     case kFloat32: return gather_of<F32, false>(problem, selected, num_selected, acc);
-    case kInt8: return gather_of<I8, false>(problem, selected, num_selected, acc);
+    case kInt8:
+#if defined(__AVX512VNNI__)
+      if (problem.input.digits == 2) return gather_digits<2>(problem, selected, num_selected, acc);
+      if (problem.input.digits == 3) return gather_digits<3>(problem, selected, num_selected, acc);
+#endif
+      return gather_of<I8, false>(problem, selected, num_selected, acc);
     case kBFloat16:
 #if defined(__AVX512BF16__)
       if (problem.input.halves != nullptr) return gather_of<BF16, true>(problem, selected, num_selected, acc);

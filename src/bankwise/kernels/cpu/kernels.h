@@ -17,6 +17,7 @@ enum Type : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
 inline constexpr int kMaxTokens = 8;
 inline constexpr int kMaxBank = 1024;
+inline constexpr int kMaxDigits = 3;
 
 // A row-major matrix whose rows are `stride` elements apart.
 struct Matrix {
@@ -41,6 +42,12 @@ struct Input {
   int64_t padded = 0;               // columns, rounded up to a multiple of 64
   float* lanes = nullptr;           // [T, padded]: float32 in the lane order of the weights' type
   const uint16_t* halves = nullptr; // [T, padded]: bfloat16 in plain order, where input and weights are bfloat16
+  // For int8 weights, in the copies that have byte products: x = step * sum of digit[d] * 256^(digits - 1 - d), where
+  // every digit is a signed byte. 0 digits: not in use, and `lanes` is filled instead.
+  int digits = 0;
+  int8_t* bytes = nullptr;          // [T, digits, padded], in plain order
+  int32_t* starts = nullptr;        // [T, digits, 16]: what the products with unsigned weights have too much, negated
+  float* steps = nullptr;           // [T]
 };
 
 // y = x W^T + bias for a range of rows of W.
@@ -129,7 +136,7 @@ struct UnitGate {
 
 struct Kernels {
   const char* name;
-  // Fills `lanes` from x [T, columns] (row-major, float32 or bfloat16) in the lane order of `weights`.
+  // Fills `lanes` from x [T, columns] (row-major, float32 or bfloat16) in the lane order of `weights`, or the digits.
   void (*load_input)(const void* x, Type type, Type weights, Input* input);
   void (*linear)(const Linear& problem, int64_t begin, int64_t end);
   // Logits and selection of banks begin..end. `selected` has room for every channel of those banks; `code_lanes` for
@@ -168,6 +175,7 @@ struct Kernels {
 const Kernels* kernels_baseline();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_vnni();
 const Kernels* kernels_avx512_bf16();
 
 }  // namespace bankwise

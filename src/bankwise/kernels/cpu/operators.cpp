@@ -37,7 +37,9 @@ std::vector<const Kernels*> available() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(kernels_avx512_bf16());
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (vnni && __builtin_cpu_supports("avx512bf16")) found.push_back(kernels_avx512_bf16());
+  if (vnni) found.push_back(kernels_avx512_vnni());
   if (avx512) found.push_back(kernels_avx512());
   if (avx2) found.push_back(kernels_avx2());
 #endif
@@ -188,7 +190,10 @@ Tokens tokens_of(const Tensor& x, int64_t columns) {
 }
 
 int64_t input_bytes(const Tokens& tokens) {
-  return Scratch::size_of<float>(tokens.count * tokens.padded) + Scratch::size_of<uint16_t>(tokens.count * tokens.padded);
+  return Scratch::size_of<float>(tokens.count * tokens.padded) +
+         // Halves or digits, whichever are more.
+         Scratch::size_of<int8_t>(tokens.count * kMaxDigits * tokens.padded) +
+         Scratch::size_of<int32_t>(tokens.count * kMaxDigits * 16) + Scratch::size_of<float>(tokens.count);
 }
 
 Input load(const Kernels& isa, const Tokens& tokens, Type weights, Scratch& scratch) {
@@ -209,6 +214,11 @@ Input load(const Kernels& isa, const Tokens& tokens, Type weights, Scratch& scra
       halves = copy;
     }
     input.halves = halves;
+  }
+  if (weights == kInt8) {
+    input.bytes = scratch.take<int8_t>(tokens.count * kMaxDigits * tokens.padded);
+    input.starts = scratch.take<int32_t>(tokens.count * kMaxDigits * 16);
+    input.steps = scratch.take<float>(tokens.count);
   }
   isa.load_input(x, tokens.type, weights, &input);
   return input;
