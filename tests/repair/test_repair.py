@@ -18,7 +18,9 @@ from bankwise.ffn import sparse_layers
 from bankwise.models.checkpoint import load_checkpoint, save_checkpoint
 from bankwise.repair import Patch, RepairSettings, Scan, faults, save_repaired
 from bankwise.repair.changes import find_layer
+from bankwise.repair.metrics import SampleSource, find_metric
 from bankwise.repair.patch import set_active
+from bankwise.repair.repairing import _Bench, _pieces
 
 LAYER = 0
 HELD_OUT = 0.2
@@ -264,3 +266,22 @@ def test_wrong_input_is_refused(case: Any) -> None:
         case(None).repair(scan)
     with pytest.raises(ConfigError, match="the scan's reference was companion"):
         damaged.repair(scan, companion=None)
+
+
+def test_each_attempt_is_judged_on_samples_that_nothing_has_read(case: Any) -> None:
+    """Held-out text gives its first windows whatever the seed: attempts that were refused have read those."""
+    healthy = case(None)
+    scan = healthy.scan()
+    metric = find_metric(scan.metric)
+    source = SampleSource(tokenizer=healthy.tokenizer, data=healthy.chain.data, held_out_fraction=HELD_OUT)
+    bench = _Bench(healthy.model, None, healthy.tokenizer, metric, source, scan, scan.lengths, False, 4096)
+    read = bench.scanned()
+    for attempt in range(4):
+        fresh = bench.fresh(16, attempt)
+        assert [sample.length for sample in fresh] == [64] * 16 + [128] * 16
+        known = {piece for sample in read for piece in _pieces(sample)}
+        assert not any(_pieces(sample) & known for sample in fresh)
+        read += fresh
+    with pytest.raises(DataError, match="that the scan and earlier attempts did not read, and 16 are to judge"):
+        for attempt in range(4, 40):
+            bench.fresh(16, attempt)
