@@ -47,8 +47,8 @@ from bankwise.upcycle import load_dense
 SAMPLES = 16
 JUDGES = 24
 SOTU, PYDOC = DataSource(path=SOURCE), DataSource(path="package:pydoc")
-TEXT_SHAPE = Shape(layers=4, hidden=96, ffn=256, heads=2, vocabulary=512, lr=3e-3, loud=(1.0, 2.0, 4.0, 8.0))
-TEXT_RANK = 96
+TEXT_SHAPE = Shape(layers=4, hidden=96, ffn=256, heads=2, vocabulary=512, lr=3e-3, loud=(1.0, 3.0, 9.0, 27.0))
+TEXT_RANK = 192
 _FINAL_SHARE = 0.05  # of the messages; only `regained` reads them
 FIELDS = (
     "kind", "layer", "seed", "verdict", "found", "affected", "fault", "remedy", "k", "healthy", "damaged",
@@ -165,9 +165,9 @@ def text_testbed(folder: Path) -> Testbed:
     dense, sparse = folder / "dense", folder / "sparse"
     companion = sparse / "companion"
     if not (dense / "config.json").is_file():
-        train_text_model(dense, "1M", shape=TEXT_SHAPE, data=data)
+        train_text_model(dense, "600k", shape=TEXT_SHAPE, data=data)
     if not (sparse / "summary.json").is_file():
-        train_taught(dense, sparse, data, tokens="100k", seed=0, teacher="companion")
+        train_taught(dense, sparse, data, tokens="300k", seed=0, teacher="companion")
     model, tokenizer = load_checkpoint(sparse / "checkpoint")
     guards = EvaluationPlan(
         suites=["perplexity"],
