@@ -74,6 +74,7 @@ class Testbed:
     learn: list[DataSource]
     """Text that remedies learn from."""
     guards: EvaluationPlan
+    settings: RepairSettings
     windows: Tensor
     """By which channels are sorted into banks."""
     convert: Callable[[int], PreTrainedModel]
@@ -96,7 +97,7 @@ class Testbed:
     def repair(self, model: PreTrainedModel, scan: Scan) -> Patch:
         return bankwise.repair(
             model, self.tokenizer, scan=scan, companion=self.companion, data=self.learn, samples=JUDGES,
-            guards=self.guards, settings=RepairSettings(windows=24),
+            guards=self.guards, settings=self.settings,
         )  # fmt: skip
 
     def trial(self, kind: str, layers: tuple[int, ...], seed: int) -> dict[str, object]:
@@ -152,7 +153,8 @@ def counting_testbed(folder: Path, texts: Path) -> Testbed:
     )
     return Testbed(
         sparse=sparse, companion=companion, tokenizer=tokenizer, metric="cwe_nll", lengths=[512, 640], late=440,
-        read=[], final=[], learn=[PYDOC], guards=guards, windows=CountingRows(tokenizer, 55).windows(16, 512),
+        read=[], final=[], learn=[PYDOC], guards=guards,
+        settings=RepairSettings(windows=24), windows=CountingRows(tokenizer, 55).windows(16, 512),
         convert=lambda seed: make_sparse(
             companion, tokenizer, rank=32, steps=10, seed=100 + seed, say=lambda text: None
         ),
@@ -183,7 +185,7 @@ def text_testbed(folder: Path) -> Testbed:
     return Testbed(
         sparse=model, companion=load_dense(companion, tokenizer=False).model, tokenizer=tokenizer,
         metric="perplexity:0-1K", lengths=[128, 256], late=140, read=[texts], final=[SOTU], learn=[texts],
-        guards=guards, convert=convert,
+        guards=guards, convert=convert, settings=RepairSettings(windows=96, layer_steps=192, layer_lr=3e-4),
         windows=mixed_windows([texts], tokenizer, seq_len=256, num_windows=16, split="train", held_out_fraction=0.05),
     )  # fmt: skip
 
