@@ -11,6 +11,8 @@ damage shows. Healthy: conversions of the same dense model under other seeds, sc
 that one layer's choice of channels cannot mend, and banks of like channels, which may cost too little to be seen.
 `regained` is measured on rows that neither scan nor repair has read: of another seed (counting), or of messages that
 no training and no other measurement has seen (text).
+
+The text models train in three minutes on one AVX-512 core; a trial takes 5 to 60 seconds there.
 """
 
 import argparse
