@@ -18,7 +18,9 @@ from bankwise.ffn import sparse_layers
 from bankwise.models.checkpoint import load_checkpoint, save_checkpoint
 from bankwise.repair import Patch, RepairSettings, Scan, faults, save_repaired
 from bankwise.repair.changes import find_layer
-from bankwise.repair.patch import set_active
+from bankwise.repair.metrics import SampleSource, find_metric
+from bankwise.repair.patch import LayerState, set_active
+from bankwise.repair.repairing import _Bench, _pieces
 
 LAYER = 0
 HELD_OUT = 0.2
@@ -170,6 +172,34 @@ def test_last_remedy_trains_this_layer_alone(case: Any) -> None:
     assert all(parameter.requires_grad for parameter in damaged.model.parameters())
 
 
+def test_last_remedy_goes_on_with_more_channels(case: Any) -> None:
+    from bankwise.repair.remedies import Workshop
+
+    damaged = case(keep_one(LAYER))
+    model, layer = damaged.model, find_layer(damaged.model, LAYER)
+    workshop = Workshop(
+        model=model, companion=damaged.chain.companion, tokenizer=damaged.tokenizer, layer=layer, seq_len=64,
+        data=damaged.chain.data, held_out_fraction=HELD_OUT, settings=RepairSettings(layer_steps=40),
+    )  # fmt: skip
+
+    def gap() -> float:
+        return damaged.scan(lengths=[64], layers=[LAYER]).gap(64).value
+
+    before = LayerState.of(model, layer)
+    trained: dict[int, float] = {}
+    for remedy, description in workshop._distil():
+        assert remedy == "layer"
+        assert model.config.sparsity["active_per_bank"] == [layer.active_per_bank, 16, 16]
+        assert ("instead of 1" in description) == (layer.active_per_bank > 1)
+        trained[layer.active_per_bank] = gap()
+        before.restore(model, layer)
+    assert list(trained) == [1, 2, 4]
+    for active, value in trained.items():
+        set_active(model, layer, active)
+        assert value < gap()
+    before.restore(model, layer)
+
+
 def test_centre_is_fitted_anew_where_centring_is_on(chain: Any, words: PreTrainedTokenizerFast, case: Any) -> None:
     from bankwise.config import SparsityConfig
     from bankwise.data import mixed_windows
@@ -264,3 +294,21 @@ def test_wrong_input_is_refused(case: Any) -> None:
         case(None).repair(scan)
     with pytest.raises(ConfigError, match="the scan's reference was companion"):
         damaged.repair(scan, companion=None)
+
+
+def test_each_attempt_is_judged_on_samples_that_nothing_has_read(case: Any) -> None:
+    """Held-out text gives its first windows whatever the seed: attempts that were refused have read those."""
+    healthy = case(None)
+    scan = healthy.scan()
+    metric = find_metric(scan.metric)
+    source = SampleSource(tokenizer=healthy.tokenizer, data=healthy.chain.data, held_out_fraction=HELD_OUT)
+    bench = _Bench(healthy.model, None, healthy.tokenizer, metric, source, scan, scan.lengths, False, 4096)
+    read = bench.scanned()
+    for attempt in range(4):
+        fresh = bench.fresh(16, attempt)
+        assert [sample.length for sample in fresh] == [64] * 16 + [128] * 16
+        known = {piece for sample in read for piece in _pieces(sample)}
+        assert not any(_pieces(sample) & known for sample in fresh)
+        read += fresh
+    with pytest.raises(DataError, match="that the scan and earlier attempts did not read, and 16 are to judge"):
+        all(bench.fresh(16, attempt) for attempt in range(4, 40))

@@ -4,7 +4,8 @@
     new banks      deal the channels anew into banks, by their energy; exact for the dense function
     more channels  raise k
     predictor      train the predictor: routing loss, positions stratified
-    layer          train predictor and feed-forward: squared error to the layer's own dense output, KL on the logits
+    layer          train predictor and feed-forward: squared error to the layer's own dense output, KL on the logits;
+                   with as many channels as now, then with twice and four times as many
 
 Shapes: W windows, S tokens of a window, T tokens, D hidden, F channels, V vocabulary.
 """
@@ -55,7 +56,7 @@ class RepairSettings:
     predictor_epochs: int = 4
     predictor_lr: float = 3e-3
     layer_steps: int = 100
-    """Steps of the last remedy; each reads one window."""
+    """Steps of the last remedy, for each width; each reads one window."""
     layer_lr: float = 1e-4
     """Of the feed-forward in the last remedy."""
     layer_predictor_lr: float = 1e-3
@@ -98,8 +99,7 @@ class Workshop:
                         self._train_predictor(from_weights=start == "the weights")
                         yield remedy, f"predictor trained from {start}"
                 case "layer":
-                    self._train_layer()
-                    yield remedy, "predictor and feed-forward distilled from the layer with all its channels"
+                    yield from self._distil()
 
     @cached_property
     def windows_WS(self) -> Tensor:
@@ -122,6 +122,17 @@ class Workshop:
             if active > before:
                 set_active(self.model, self.layer, active)
                 yield "more channels", f"{active} of {self.layer.bank_size} channels instead of {before}"
+
+    def _distil(self) -> Iterator[tuple[str, str]]:
+        """What neither training nor more channels can do alone, both may: the rest of the model may have grown used
+        to what the layer says with few channels, so that all of them, untrained, harm what was well."""
+        before = self.layer.active_per_bank
+        for active in sorted({wider(self.layer, factor) for factor in (1, 2, 4)}):
+            if active > before:
+                set_active(self.model, self.layer, active)
+            self._train_layer()
+            width = "" if active == before else f", {active} of {self.layer.bank_size} channels instead of {before}"
+            yield "layer", f"predictor and feed-forward distilled from the layer with all its channels{width}"
 
     @torch.no_grad()
     def _refit_centre(self) -> None:

@@ -28,6 +28,7 @@ from bankwise.repair.statistics import estimate
 
 _PYDOC = DataSource(path="package:pydoc")
 _SEED_STEP = 1009  # between the samples of two attempts
+_MOST_DRAWN = 4096  # samples, to find enough that were not read
 _RUN = 32  # tokens that two windows of text must not share
 
 
@@ -201,17 +202,29 @@ class _Bench:
         seed = self._scan.seed + _SEED_STEP * (attempt + 1)
         for length in self._lengths:
             # Twice as many: windows of text that overlap those of the scan fall away.
-            drawn = self._metric.samples(self._source, length, 2 * (count + self._scan.samples), seed)
-            new = [sample for sample in drawn if not _pieces(sample) & self._seen][:count]
+            wanted = 2 * (count + self._scan.samples)
+            new = self._unread(length, wanted, seed)
+            while len(new) < count and wanted < _MOST_DRAWN:
+                # Text gives the first windows of its documents whatever the seed, and earlier attempts read those.
+                wanted += count
+                try:
+                    new = self._unread(length, wanted, seed)
+                except DataError:  # there is no more text
+                    break
             if len(new) < count:
                 raise DataError(
-                    f"there are only {len(new)} samples of {length} tokens that the scan did not read, and {count} are "
-                    "to judge the repair; use fewer samples, or more text"
+                    f"there are only {len(new)} samples of {length} tokens that the scan and earlier attempts did not "
+                    f"read, and {count} are to judge the repair; use fewer samples, or more text"
                 )
-            found += new
+            found += new[:count]
         for sample in found:
             self._seen |= _pieces(sample)
         return found
+
+    def _unread(self, length: int, count: int, seed: int) -> list[Sample]:
+        """Of `count` drawn samples, those that share nothing with what was read."""
+        drawn = self._metric.samples(self._source, length, count, seed)
+        return [sample for sample in drawn if not _pieces(sample) & self._seen]
 
     def losses(self, samples: Sequence[Sample]) -> list[float]:
         """What the model loses on each sample; more is worse."""
