@@ -15,7 +15,7 @@ from bankwise.ffn.gates import SteUnitGate
 from bankwise.ffn.predictor import expected_energy_reference
 from bankwise.kernels import dispatch
 from bankwise.kernels.cpu import library
-from bankwise.kernels.cpu.packing import pack, pack_int8
+from bankwise.kernels.cpu.packing import pack, pack_int8, quantise_rows
 
 
 @dataclass
@@ -221,6 +221,7 @@ class AttentionCase:
     dtype: torch.dtype = torch.float32
     bias: bool = False
     head_norms: bool = False
+    int8: bool = False
     room: int = 0
     """Tokens that the cache has room for beyond its length, as a static cache: strides then differ from sizes."""
     seed: int = 0
@@ -229,6 +230,10 @@ class AttentionCase:
         self.seed += 1
         generator = torch.Generator().manual_seed(self.seed)
         return (torch.randn(shape, generator=generator) * scale + shift).to(self.dtype)
+
+    def quantised(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The matrix and the scales of its rows as the operators take them."""
+        return quantise_rows(weight) if self.int8 else (weight, None)
 
 
 def attention_input_arguments(case: AttentionCase) -> tuple:
@@ -241,7 +246,8 @@ def attention_input_arguments(case: AttentionCase) -> tuple:
     cos, sin = (value.to(case.dtype)[None] for value in (angles.cos(), angles.sin()))
     x = case.draw(1, 1, case.hidden, scale=3.0)
     norm = case.draw(case.hidden, scale=0.1, shift=1.0)
-    return (x, norm, 1e-5, *projections, *biases, *norms, cos, sin)
+    codes, scales = zip(*map(case.quantised, projections), strict=True)
+    return (x, norm, 1e-5, *codes, *biases, *norms, cos, sin, *scales)
 
 
 def attention_output_arguments(case: AttentionCase) -> tuple:
@@ -251,13 +257,15 @@ def attention_output_arguments(case: AttentionCase) -> tuple:
     keys, values = keys[:, :, : case.length], values[:, :, : case.length]
     weight = case.draw(case.hidden, heads * case.head, scale=(heads * case.head) ** -0.5)
     bias = case.draw(case.hidden) if case.bias else None
-    return query, keys, values, case.head**-0.5, weight, bias, case.draw(1, 1, case.hidden)
+    codes, scales = case.quantised(weight)
+    return query, keys, values, case.head**-0.5, codes, bias, case.draw(1, 1, case.hidden), scales
 
 
 def attention_input_reference(dtype: torch.dtype, *arguments) -> tuple[torch.Tensor, ...]:
     """The definition in PyTorch, computed in `dtype`."""
     x, norm, epsilon, *rest = (value.to(dtype) if isinstance(value, torch.Tensor) else value for value in arguments)
-    projections, biases, head_norms, (cos, sin) = rest[:3], rest[3:6], [*rest[6:8], None], rest[8:]
+    projections, biases, head_norms, (cos, sin) = rest[:3], rest[3:6], [*rest[6:8], None], rest[8:10]
+    projections = [_dequantised(weight, scales) for weight, scales in zip(projections, rest[10:], strict=True)]
 
     def normalised(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         wide = value if dtype == torch.float64 else value.float()
@@ -275,11 +283,16 @@ def attention_input_reference(dtype: torch.dtype, *arguments) -> tuple[torch.Ten
     return tuple(results)
 
 
+def _dequantised(weight: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    return weight if scales is None else weight * scales[:, None]
+
+
 def attention_output_reference(dtype: torch.dtype, *arguments) -> torch.Tensor:
     """The definition in PyTorch, computed in `dtype`."""
-    query, keys, values, scale, weight, bias, residual = (
+    query, keys, values, scale, weight, bias, residual, scales = (
         value.to(dtype) if isinstance(value, torch.Tensor) else value for value in arguments
     )
+    weight = _dequantised(weight, scales)
     shared = query.shape[1] // keys.shape[1]
     keys, values = (value.repeat_interleave(shared, dim=1) for value in (keys, values))
     scores = query @ keys.transpose(-1, -2) * scale
@@ -298,6 +311,7 @@ def random_attention_case(seed: int) -> AttentionCase:
         dtype=draw.choice([torch.float32, torch.bfloat16]),
         bias=draw.random() < 0.5,
         head_norms=draw.random() < 0.5,
+        int8=draw.random() < 0.3,
         room=draw.choice([0, 0, 5]),
         seed=1000 * seed,
     )

@@ -333,10 +333,11 @@ ATTENTION_CASES = [
     AttentionCase(dtype=torch.bfloat16, bias=True),
     AttentionCase(dtype=torch.bfloat16, head_norms=True, room=4),
     AttentionCase(head=64, groups=3, shared=3, hidden=576, length=130),
+    AttentionCase(dtype=torch.bfloat16, bias=True, int8=True),
 ]
 
 
-@pytest.mark.parametrize("case", ATTENTION_CASES, ids=["plain", "bias", "head norms, room", "smollm2"])
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=["plain", "bias", "head norms, room", "smollm2", "int8"])
 def test_attention_operators_are_well_formed_for_torch(case):
     operators, checks = torch.ops.bankwise, ("test_schema", "test_faketensor")
     with torch.no_grad():
@@ -359,7 +360,7 @@ def test_scores_of_any_size_do_not_overflow_the_softmax(isa):
     keys[:, :, 17] = best
     query = best.repeat_interleave(case.shared, dim=1)[:, :, None] * 1e4
     actual = torch.ops.bankwise.attention_output(query.contiguous(), keys, values, *rest)
-    _scale, weight, bias, residual = rest
+    _scale, weight, bias, residual, _scales = rest
     taken = values[:, :, 17].repeat_interleave(case.shared, dim=1).flatten(1)
     torch.testing.assert_close(actual, residual + torch.nn.functional.linear(taken, weight, bias)[:, None])
 
@@ -370,12 +371,14 @@ def test_scores_of_any_size_do_not_overflow_the_softmax(isa):
         ({"x": torch.zeros(1, 2, 64)}, "one token at a time, not 2"),
         ({"cos": torch.zeros(1, 2, 16)}, "cos and sin must be those of one token"),
         ({"v": torch.zeros(16, 64)}, "end in whole heads of 16"),
-        ({"k": torch.zeros(32, 64).bfloat16()}, "float matrices of one type"),
+        ({"k": torch.zeros(32, 64).bfloat16()}, "matrices of one type"),
+        ({name: torch.zeros(32, 64, dtype=torch.int8) for name in "qkv"}, "scales"),
         ({"q": torch.zeros(40, 64)}, "end in whole heads of 16"),
     ],
 )
 def test_what_attention_input_refuses(change, words):
     names = ("x", "norm", "epsilon", "q", "k", "v", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "cos", "sin")
+    names = (*names, "q_scales", "k_scales", "v_scales")
     arguments = dict(zip(names, attention_input_arguments(AttentionCase()), strict=True)) | change
     with pytest.raises(RuntimeError, match=words):
         torch.ops.bankwise.attention_input(*arguments.values())
@@ -390,11 +393,12 @@ def test_what_attention_input_refuses(change, words):
         ({"values": torch.zeros(1, 2, 8, 16)}, "keys and values must have"),
         ({"keys": torch.zeros(1, 2, 9, 16).bfloat16()}, "keys and values must have the query's type"),
         ({"weight": torch.zeros(64, 60)}, "must take all heads and give one residual row"),
+        ({"weight": torch.zeros(64, 64, dtype=torch.int8)}, "scales"),
         ({"residual": torch.zeros(1, 1, 63)}, "must take all heads and give one residual row"),
     ],
 )
 def test_what_attention_output_refuses(change, words):
-    names = ("query", "keys", "values", "scale", "weight", "bias", "residual")
+    names = ("query", "keys", "values", "scale", "weight", "bias", "residual", "scales")
     arguments = dict(zip(names, attention_output_arguments(AttentionCase()), strict=True)) | change
     with pytest.raises(RuntimeError, match=words):
         torch.ops.bankwise.attention_output(*arguments.values())

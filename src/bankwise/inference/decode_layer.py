@@ -42,11 +42,12 @@ class _DecodeLayer(nn.Module):
 
     def _is_plain(self, hidden_states: Tensor) -> bool:
         attention: Any = self._modules["self_attn"]
-        query = attention._modules["q_proj"]._parameters["weight"]
+        norm = self._modules["input_layernorm"]._parameters["weight"]
+        query, scales = attention._modules["q_proj"].operands
         return (
             not self.training
             and attention.config._attn_implementation in ATTENTION
-            and query.dtype == hidden_states.dtype
+            and (norm if scales is not None else query).dtype == hidden_states.dtype
             and query.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
             and not _any_hooked(self._modules)
@@ -57,24 +58,26 @@ class _DecodeLayer(nn.Module):
         modules: dict[str, Any] = self._modules
         attention = modules["self_attn"]
         parts = attention._modules
-        projections = [parts[name]._parameters for name in ("q_proj", "k_proj", "v_proj")]
+        names = ("q_proj", "k_proj", "v_proj")
+        projections = [parts[name].operands for name in names]
         q_norm, k_norm = (parts[name]._parameters["weight"] if name in parts else None for name in ("q_norm", "k_norm"))
         before = modules["input_layernorm"]
         query, key, value = torch.ops.bankwise.attention_input(
             x,
             before._parameters["weight"],
             before.variance_epsilon,
-            *[projection["weight"] for projection in projections],
-            *[projection["bias"] for projection in projections],
+            *[weight for weight, _ in projections],
+            *[parts[name]._parameters["bias"] for name in names],
             q_norm,
             k_norm,
             cos,
             sin,
+            *[scales for _, scales in projections],
         )
         keys, values = cache.update(key, value, attention.layer_idx)
-        output = parts["o_proj"]._parameters
+        weight, scales = parts["o_proj"].operands
         x = torch.ops.bankwise.attention_output(
-            query, keys, values, attention.scaling, output["weight"], output["bias"], x
+            query, keys, values, attention.scaling, weight, parts["o_proj"]._parameters["bias"], x, scales
         )
         after, mlp = modules["post_attention_layernorm"], modules["mlp"]
         if type(mlp) is SparseSwiGLU and dispatch.runs_packed(mlp) and is_current(mlp, mlp.packed):

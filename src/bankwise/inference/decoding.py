@@ -43,6 +43,13 @@ class DecodeLinear(nn.Linear):
             return torch.ops.bankwise.linear(input, weight, None, self._parameters["bias"])
         return functional.linear(input, weight, self._parameters["bias"])
 
+    @property
+    def operands(self) -> tuple[Tensor, None]:
+        """Matrix and scales of its rows, as the operators take them."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight, None
+
 
 class Int8Linear(nn.Linear):
     """nn.Linear with int8 weights and a float32 scale per row; the float weights are released."""
@@ -55,6 +62,11 @@ class Int8Linear(nn.Linear):
             return torch.ops.bankwise.linear(input, self.codes, self.scales, self._parameters["bias"])
         weight_OI = (self.codes * self.scales[:, None]).to(input.dtype)
         return functional.linear(input, weight_OI, self._parameters["bias"])
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """Matrix and scales of its rows, as the operators take them."""
+        return self.codes, self.scales
 
 
 @torch.no_grad()
@@ -85,7 +97,7 @@ def prepare(model: nn.Module, *, weights: Weights = "as_is") -> list[str]:
             done[kind] = done.get(kind, 0) + 1
     for module in model.modules():
         if type(module) in DECODE_LAYERS and all(
-            type(linear) is DecodeLinear
+            type(linear) in (DecodeLinear, Int8Linear)
             for linear in module.get_submodule("self_attn").children()
             if isinstance(linear, nn.Linear)
         ):

@@ -89,15 +89,16 @@ def _fake_ffn_decode(x: Tensor, *_: object, **__: object) -> Tensor:
 def _fake_attention_input(
     x: Tensor, norm: Tensor, epsilon: float, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None
 ) -> tuple[Tensor, ...]:
-    cos = rest[-2]
+    cos = rest[5]  # after three biases and two norms
     assert cos is not None
     head = cos.shape[-1]
     return tuple(x.new_empty(1, weight.shape[0] // head, 1, head) for weight in (q, k, v))
 
 
 def _fake_attention_output(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, weight: Tensor, bias: Tensor | None, residual: Tensor
-) -> Tensor:
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, weight: Tensor, bias: Tensor | None, residual: Tensor,
+    scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(residual)
 
 

@@ -359,7 +359,9 @@ Tensor ffn_decode(Tensor x, Tensor packed, std::optional<Tensor> scales, Tensor 
 std::tuple<Tensor, Tensor, Tensor> attention_input(Tensor x, Tensor norm, double epsilon, Tensor q, Tensor k, Tensor v,
                                                    std::optional<Tensor> q_bias, std::optional<Tensor> k_bias,
                                                    std::optional<Tensor> v_bias, std::optional<Tensor> q_norm,
-                                                   std::optional<Tensor> k_norm, Tensor cos, Tensor sin) {
+                                                   std::optional<Tensor> k_norm, Tensor cos, Tensor sin,
+                                                   std::optional<Tensor> q_scales, std::optional<Tensor> k_scales,
+                                                   std::optional<Tensor> v_scales) {
   const Kernels& isa = kernels();
   const int64_t head = cos.size(cos.dim() - 1);
   STD_TORCH_CHECK(head >= 2 && head % 2 == 0 && cos.numel() == head && sin.numel() == head,
@@ -369,15 +371,17 @@ std::tuple<Tensor, Tensor, Tensor> attention_input(Tensor x, Tensor norm, double
   Linear problems[3];
   const Tensor* weights[3] = {&q, &k, &v};
   const std::optional<Tensor>* biases[3] = {&q_bias, &k_bias, &v_bias};
+  const std::optional<Tensor>* scales[3] = {&q_scales, &k_scales, &v_scales};
   std::vector<Tensor> outputs;
   int64_t first_row[4] = {};
   for (int i = 0; i < 3; ++i) {
     problems[i].weight = matrix(*weights[i], "a projection");
     const int64_t rows = problems[i].weight.rows;
-    STD_TORCH_CHECK(problems[i].weight.type == problems[0].weight.type && problems[i].weight.type != kInt8 &&
+    STD_TORCH_CHECK(problems[i].weight.type == problems[0].weight.type &&
                         problems[i].weight.columns == problems[0].weight.columns && rows % head == 0 &&
                         rows == (i == 2 ? problems[1].weight.rows : rows),
-                    "the projections must be float matrices of one type that end in whole heads of ", head);
+                    "the projections must be matrices of one type that end in whole heads of ", head);
+    problems[i].weight.scales = scales_of(*scales[i], problems[i].weight.type, rows);
     problems[i].bias = vector(*biases[i], rows, "a projection's bias");
     first_row[i + 1] = first_row[i] + rows;
   }
@@ -415,7 +419,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_input(Tensor x, Tensor norm, double
 
 // Attention of one token over its cache, the output projection, and the sum with the residual stream.
 Tensor attention_output(Tensor query, Tensor keys, Tensor values, double scale, Tensor weight,
-                        std::optional<Tensor> bias, Tensor residual) {
+                        std::optional<Tensor> bias, Tensor residual, std::optional<Tensor> scales) {
   const Kernels& isa = kernels();
   Attention problem;
   problem.type = type_of(query, "the query");
@@ -444,7 +448,8 @@ Tensor attention_output(Tensor query, Tensor keys, Tensor values, double scale, 
   const int64_t width_in = problem.heads * problem.head;
   Linear projection;
   projection.weight = matrix(weight, "the output projection");
-  STD_TORCH_CHECK(projection.weight.type != kInt8 && projection.weight.columns == width_in &&
+  projection.weight.scales = scales_of(scales, projection.weight.type, projection.weight.rows);
+  STD_TORCH_CHECK(projection.weight.columns == width_in &&
                       residual.numel() == projection.weight.rows && residual.is_contiguous() &&
                       residual.scalar_type() == query.scalar_type(),
                   "the output projection must take all heads and give one residual row");
@@ -696,11 +701,12 @@ STABLE_TORCH_LIBRARY(bankwise, m) {
       "Tensor? up_bias, Tensor? down_bias, int bank_size, int active, Tensor? norm=None, float epsilon=0.) -> Tensor");
   m.def(
       "attention_input(Tensor x, Tensor norm, float epsilon, Tensor q, Tensor k, Tensor v, Tensor? q_bias, "
-      "Tensor? k_bias, Tensor? v_bias, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin) "
+      "Tensor? k_bias, Tensor? v_bias, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, "
+      "Tensor? q_scales=None, Tensor? k_scales=None, Tensor? v_scales=None) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "attention_output(Tensor query, Tensor keys, Tensor values, float scale, Tensor weight, Tensor? bias, "
-      "Tensor residual) -> Tensor");
+      "Tensor residual, Tensor? scales=None) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? scales, Tensor? bias) -> Tensor");
   m.def("route(Tensor logits, int bank_size, int active) -> (Tensor, Tensor)");
   m.def(
