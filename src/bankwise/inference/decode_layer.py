@@ -42,12 +42,12 @@ class _DecodeLayer(nn.Module):
 
     def _is_plain(self, hidden_states: Tensor) -> bool:
         attention: Any = self._modules["self_attn"]
-        norm = self._modules["input_layernorm"]._parameters["weight"]
+        norm: Any = self._modules["input_layernorm"]
         query, scales = attention._modules["q_proj"].operands
         return (
             not self.training
             and attention.config._attn_implementation in ATTENTION
-            and (norm if scales is not None else query).dtype == hidden_states.dtype
+            and (query if scales is None else norm._parameters["weight"]).dtype == hidden_states.dtype
             and query.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
             and not _any_hooked(self._modules)
