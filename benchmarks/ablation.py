@@ -72,9 +72,14 @@ def variants(recipe: dict[str, Any], ffn_size: int) -> dict[str, list[str]]:
         "anneal-cosine": ["stages.0.k_schedule=cosine", "stages.0.k_share=0.5"],
         "leak": ["stages.0.k_schedule=leak", "stages.0.k_share=0.5"],
         # losses
-        "ce-alone": ["stages.0.ce_weight=1", "stages.0.kd_weight=0"],
-        "kd-dense": ["stages.0.kd_weight=1", "stages.0.ce_weight=0.1", "stages.0.teacher=dense"],
-        "kd-companion": [*TAUGHT, "stages.0.kd_weight=1"],
+        "ce-alone": ["stages.0.ce_weight=1", "stages.0.kd_weight=0", "stages.0.state_weight=0"],
+        "kd-dense": [
+            "stages.0.ce_weight=0.1",
+            "stages.0.teacher=dense",
+            "stages.0.kd_weight=1",
+            "stages.0.state_weight=0",
+        ],
+        "kd-companion": [*TAUGHT, "stages.0.kd_weight=1", "stages.0.state_weight=0"],
         "states-1": [*TAUGHT, "stages.0.kd_weight=1", "stages.0.state_weight=1"],
         "states-10": [*TAUGHT, "stages.0.kd_weight=1", "stages.0.state_weight=10"],
         "states-alone": [*TAUGHT, "stages.0.kd_weight=0", "stages.0.state_weight=10"],
