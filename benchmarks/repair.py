@@ -295,9 +295,10 @@ def summary(rows: list[dict[str, object]], trials: int) -> str:
     right = sum(str(row["found"]) == row["layer"] for row in main_rows)
     mended = sum(float(str(row["regained"] or 0)) >= 0.8 and row["remedy"] != "none" for row in main_rows)
     compared = [bool(row["others_identical"]) for row in rows if "others_identical" in row]
+    false = sum(row["found"] is not None for row in alarms)
     return (
         f"\nright layer {right} of {len(main_rows)}; at least 80 % regained in {mended}; other parameters identical in "
-        f"{sum(compared)} of {len(compared)}; false alarms {sum(row['found'] is not None for row in alarms)} of {len(alarms)}"
+        f"{sum(compared)} of {len(compared)}; false alarms {false} of {len(alarms)}"
     )
 
 
