@@ -123,7 +123,7 @@ def main() -> int:
     rows = []
     for seed in range(options.seeds):
         recipe = _recipe(options, seed)
-        companion = _run(recipe, options.folder, "default", ["companion=true"], seed)["companion"]
+        companion = _run(recipe, options.folder, "default", known["default"], seed)["companion"]
         for name in names:
             summary = _run(recipe, options.folder, name, known[name], seed)
             row = {
@@ -163,9 +163,9 @@ def _run(recipe: dict[str, Any], folder: Path, name: str, overrides: list[str], 
         if overrides == ["WARM_UP"]:
             recipe["stages"].insert(0, recipe["stages"][0] | WARM_UP)
             overrides = []
-        taught = any(stage.has_teacher for stage in load_recipe(recipe, [*overrides, "companion=true"]).stages)
-        full = load_recipe(recipe, [*overrides, *(["companion=true"] if taught else [])])
+        full = load_recipe(recipe, [*overrides, "companion=true"])
         if output != first:
+            full.companion = any(stage.has_teacher for stage in full.stages)
             output.mkdir()
             (output / "recipe.yaml").write_text(dump_recipe(full), encoding="utf-8")
             if full.companion:

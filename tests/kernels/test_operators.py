@@ -377,8 +377,10 @@ def test_scores_of_any_size_do_not_overflow_the_softmax(isa):
     ],
 )
 def test_what_attention_input_refuses(change, words):
-    names = ("x", "norm", "epsilon", "q", "k", "v", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "cos", "sin")
-    names = (*names, "q_scales", "k_scales", "v_scales")
+    names = (
+        "x", "norm", "epsilon", "q", "k", "v", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "cos", "sin",
+        "q_scales", "k_scales", "v_scales",
+    )  # fmt: skip
     arguments = dict(zip(names, attention_input_arguments(AttentionCase()), strict=True)) | change
     with pytest.raises(RuntimeError, match=words):
         torch.ops.bankwise.attention_input(*arguments.values())

@@ -25,7 +25,7 @@ from bankwise.precision import bf16_autocast, multiplies_bf16
 
 _PREFILL_COLUMNS = 1024  # of one forward pass; bounds the attention mask and the activations of long prompts
 _LOGIT_ROWS = 512  # tokens whose logits exist at one time
-MIN_BF16_TOKENS = 64  # below, autocast spends more on casting weights than it gains
+_MIN_BF16_TOKENS = 64  # below, autocast spends more on casting weights than it gains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +282,10 @@ class Engine:
             ).last_hidden_state
 
     def _precision(self, num_tokens: int) -> AbstractContextManager:
-        return bf16_autocast(self.device, enabled=self.bf16 and num_tokens >= MIN_BF16_TOKENS)
+        return bf16_autocast(self.device, enabled=self._uses_bf16(num_tokens))
+
+    def _uses_bf16(self, num_tokens: int) -> bool:
+        return self.bf16 and num_tokens >= _MIN_BF16_TOKENS
 
     def _log_probs(self, hidden_TD: Tensor) -> Tensor:
         """float32 [T, V]; call with few rows."""

@@ -9,16 +9,15 @@ Shapes: P prompts, S columns (tokens), D hidden, W windows.
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from bankwise.evaluation.engine import MIN_BF16_TOKENS, Engine, Prefix, Request
+from bankwise.evaluation.engine import Engine, Prefix, Request
 from bankwise.ffn.precision import bf16_router_products
-from bankwise.precision import multiplies_bf16
 
 
 class PrefixStates:
@@ -102,13 +101,12 @@ class PrefixReader(Engine):
         finally:
             self._layer = None
 
-    def _precision(self, num_tokens: int) -> AbstractContextManager:
+    @contextmanager
+    def _precision(self, num_tokens: int) -> Iterator[None]:
         # As the model is trained: of a long row the router's float32 products are a third of the feed-forward.
-        stack = ExitStack()
-        if self.bf16 and num_tokens >= MIN_BF16_TOKENS and multiplies_bf16(self.device.type):
-            stack.enter_context(super()._precision(num_tokens))
-            stack.enter_context(bf16_router_products())
-        return stack
+        router = bf16_router_products() if self._uses_bf16(num_tokens) else nullcontext()
+        with super()._precision(num_tokens), router:
+            yield
 
     @torch.no_grad()
     def window_states(self, windows_WS: Tensor) -> Tensor:

@@ -180,8 +180,8 @@ def convert(
     started = time.perf_counter()
     if settings.init == "ridge" and sparsity.predictor_form != "linear":
         raise ConfigError("calibration.init='ridge' fits predictor_form='linear' only; use 'svd_act' or 'auto'")
-    # Of the machine's GPUs only the one that is used: forking the state of all of them would start them all.
     home, device = dense.device, device or dense.device
+    # Of the machine's GPUs only the one that is used: forking the state of all of them would start them all.
     cuda = [device] if device.type == "cuda" else []
     check = None if windows is None else check_windows(windows)
     with torch.random.fork_rng(devices=cuda), bf16_router_products():
