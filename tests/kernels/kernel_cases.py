@@ -211,6 +211,49 @@ def check_unit_gate(seed: int) -> None:
     assert ((dz_TF.double() - exact[1].grad).abs() <= bound.flatten(-2)).all(), (seed, shape)
 
 
+def check_logit_loss(seed: int) -> None:
+    """Cross entropy, KL and their gradient against float64; with and without a teacher, and without the gradient.
+
+    Logarithms of sums are good to a few units in the last place of their size, and a gradient is at most
+    ce_weight + kd_weight; in bfloat16 it is rounded to 8 bits once more.
+    """
+    draw = random.Random(seed)
+    rows, vocabulary = draw.choice([0, 1, 3, 17]), draw.choice([1, 2, 15, 16, 33, 500, 2048, 2049, 7001])
+    dtype, spread = draw.choice([torch.float32, torch.bfloat16]), draw.choice([0.1, 3.0, 40.0])
+    ce_weight, kd_weight = draw.choice([(1.0, 0.0), (0.1, 1.0), (0.0, 0.7)])
+    generator = torch.Generator().manual_seed(seed)
+    student_CV, teacher_CV = (
+        (torch.randn(rows, vocabulary, generator=generator) * spread).to(dtype) for _ in range(2)
+    )  # fmt: skip
+    labels_C = torch.randint(vocabulary, (rows,), generator=generator)
+    if vocabulary > 2:
+        student_CV[:, 1] = float("-inf")  # a token that is ruled out
+        labels_C[labels_C == 1] = 0
+        teacher_CV[:, 1] = -1e4
+        if kd_weight:
+            student_CV[:, 1] = -1e4
+    taught_CV = teacher_CV if kd_weight else None
+
+    log_p_CV = student_CV.double().log_softmax(-1)
+    exact = [-log_p_CV.gather(-1, labels_C[:, None]).squeeze(-1), torch.zeros(rows, dtype=torch.double)]
+    exact_gradient = (ce_weight + kd_weight) * log_p_CV.exp() - ce_weight * functional.one_hot(labels_C, vocabulary)
+    if taught_CV is not None:
+        log_q_CV = taught_CV.double().log_softmax(-1)
+        exact[1] = (log_q_CV.exp() * (log_q_CV - log_p_CV)).sum(-1)
+        exact_gradient -= kd_weight * log_q_CV.exp()
+    before = student_CV.clone()
+    settings = taught_CV, labels_C, ce_weight, kd_weight
+    losses_C2 = torch.ops.bankwise.logit_loss(student_CV, *settings, False)
+    assert torch.equal(student_CV, before), (seed, "the logits were changed")
+    assert torch.equal(torch.ops.bankwise.logit_loss(student_CV, *settings, True), losses_C2), seed
+    bound = 2e-6 * (1 + 4 * spread)
+    for losses_C, exact_C in zip(losses_C2.unbind(-1), exact, strict=True):
+        assert ((losses_C - exact_C).abs() <= bound + 2e-6 * exact_C.abs()).all(), (seed, losses_C, exact_C)
+    rounding = 0.0 if dtype == torch.float32 else 2**-8
+    error_CV = (student_CV.double() - exact_gradient).abs()
+    assert (error_CV <= 4 * bound + rounding * exact_gradient.abs()).all(), (seed, float(error_CV.max()))
+
+
 @dataclass
 class AttentionCase:
     head: int = 16
@@ -349,8 +392,9 @@ def main() -> None:
                 check_route(seed)
                 check_energy(seed)
                 check_unit_gate(seed)
+                check_logit_loss(seed)
                 check_attention(random_attention_case(seed))
-        print(f"{isa}: 200 cases agree with the reference")
+        print(f"{isa}: 240 cases agree with the reference")
 
 
 if __name__ == "__main__":

@@ -342,6 +342,48 @@ void check_unit_gate() {
   }
 }
 
+void check_logit_loss() {
+  const Type type = pick({0, 1}) ? kBFloat16 : kFloat32;
+  const int64_t rows = 1 + generator() % 3, size = pick({1, 2, 15, 64, 333, 2049, 5000});
+  const bool is_taught = pick({0, 1});
+  Numbers student(type, rows * size, 4.0), teacher(type, rows * size, 4.0);
+  std::vector<int64_t> labels(rows);
+  for (int64_t& label : labels) label = generator() % size;
+  std::vector<float> losses(2 * rows);
+  LogitLoss problem;
+  problem.type = type;
+  problem.vocabulary = size;
+  problem.student = student.data();
+  problem.teacher = is_taught ? teacher.data() : nullptr;
+  problem.labels = labels.data();
+  problem.ce_weight = 0.1f;
+  problem.kd_weight = is_taught ? 0.7f : 0.0f;
+  problem.with_gradient = true;
+  problem.losses = losses.data();
+  table.logit_loss(problem, 0, rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    double totals[2] = {0.0, 0.0};
+    for (int64_t i = r * size; i < (r + 1) * size; ++i) {
+      totals[0] += exp(student.exact[i]);
+      totals[1] += exp(teacher.exact[i]);
+    }
+    double divergence = 0.0;
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t at = r * size + i;
+      const double log_p = student.exact[at] - log(totals[0]), log_q = teacher.exact[at] - log(totals[1]);
+      if (is_taught) divergence += exp(log_q) * (log_q - log_p);
+      double gradient = (0.1 + problem.kd_weight) * exp(log_p) - problem.kd_weight * exp(log_q);
+      if (i == labels[r]) gradient -= 0.1;
+      const double found = type == kFloat32 ? student.floats()[at] : from_half(((uint16_t*)student.data())[at]);
+      const double rounding = type == kFloat32 ? 0.0 : 1.0 / 256;
+      check(fabs(found - gradient) <= 1e-5 + rounding * fabs(gradient), "logit_loss's gradient");
+    }
+    const double cross_entropy = log(totals[0]) - student.exact[r * size + labels[r]];
+    check(fabs(losses[2 * r] - cross_entropy) <= 1e-5, "logit_loss's cross entropy");
+    check(fabs(losses[2 * r + 1] - divergence) <= 1e-5 * (1 + divergence), "logit_loss's divergence");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -352,11 +394,12 @@ int main() {
     check_route();
     check_decode();
     check_unit_gate();
+    check_logit_loss();
   }
   if (failures != 0) {
     printf("%s: %d checks failed\n", table.name, failures);
     return 1;
   }
-  printf("%s: %d cases agree\n", table.name, 4 * kCases);
+  printf("%s: %d cases agree\n", table.name, 5 * kCases);
   return 0;
 }

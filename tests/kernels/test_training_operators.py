@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels.kernel_cases import check_energy, check_unit_gate
+from kernels.kernel_cases import check_energy, check_logit_loss, check_unit_gate
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -12,6 +12,7 @@ from bankwise.ffn import SparseSwiGLU, record_routing
 from bankwise.ffn.precision import bf16_router_products
 from bankwise.kernels import dispatch
 from bankwise.kernels.cpu import library
+from bankwise.models.lm_loss import IGNORED_LABEL, chunked_lm_loss
 
 HIDDEN, CHANNELS, TOKENS = 48, 320, 200
 
@@ -73,6 +74,11 @@ def test_the_gate_selects_the_same_channels_and_its_gradients_agree_with_float64
         check_unit_gate(seed)
 
 
+def test_the_loss_of_logits_and_its_gradient_agree_with_float64(isa):
+    for seed in range(60):
+        check_logit_loss(seed)
+
+
 def test_rounded_gradients_are_the_same_numbers_in_bfloat16(isa):
     gate, up, dz = (random(130, 77, seed=seed) for seed in range(3))
     gate[3, 5] = float("nan")
@@ -114,12 +120,15 @@ def test_energies_at_the_ends_of_float32(isa):
 def test_results_do_not_depend_on_the_number_of_threads(two_threads):
     gate, up, dz = (random(700, 192, seed=seed) for seed in range(3))
     vectors = [random(192, seed=seed) for seed in range(5)]
+    labels = torch.arange(700) % 192
 
     def all_results():
         logits = torch.ops.bankwise.energy_logits(gate, up, *vectors)
         cut = torch.ops.bankwise.unit_gate_cpu(gate, logits, 64, 16, 1.0)
         back = torch.ops.bankwise.unit_gate_cpu_backward(dz, gate, logits, *cut[1:], 64, 1.0, True, True)
-        return [logits, *cut, *back, *torch.ops.bankwise.energy_logits_backward(dz, gate, up, *vectors[:4], False)]
+        results = [logits, *cut, *back, *torch.ops.bankwise.energy_logits_backward(dz, gate, up, *vectors[:4], False)]
+        losses = torch.ops.bankwise.logit_loss(gate.clone(), up, labels, 0.1, 1.0, True)
+        return [*results, losses]
 
     many = all_results()
     torch.set_num_threads(1)
@@ -202,9 +211,52 @@ def test_where_the_operators_run(monkeypatch):
     product = [random(3, 4), random(128, 4), *(random(128) for _ in range(5))]
     assert dispatch.product_logits(*product) is not None
     assert dispatch.product_logits(*(value.double() for value in product)) is None
+    loss = random(3, 128), torch.tensor([0, 1, 2]), random(3, 128), 0.1, 1.0, True
+    assert dispatch.logit_loss(*loss) is not None
+    assert dispatch.logit_loss(loss[0].double(), *loss[1:]) is None
+    assert dispatch.logit_loss(loss[0].bfloat16(), *loss[1:]) is None
     monkeypatch.setenv("BANKWISE_KERNEL", "reference")
+    assert dispatch.logit_loss(*loss) is None
     assert dispatch.product_logits(*product) is None
     assert gate_name(h, z) == "SteUnitGateBackward"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_of_logits_that_are_not_finite_is_not_finite(isa, bad):
+    logits = random(3, 130)
+    logits[1, 77] = bad
+    losses = torch.ops.bankwise.logit_loss(logits, random(3, 130, seed=1), torch.tensor([4, 5, 6]), 0.1, 1.0, True)
+    assert losses.isfinite().all(-1).tolist() == [True, False, True]
+    assert logits.isfinite().all(-1).tolist() == [True, False, True]
+
+
+def test_a_label_outside_the_vocabulary_is_named():
+    with pytest.raises(RuntimeError, match="label 128 is outside the vocabulary of 128"):
+        dispatch.logit_loss(random(3, 128), torch.tensor([0, 128, 2]), None, 1.0, 0.0, False)
+
+
+def test_a_distillation_step_is_that_of_the_reference(monkeypatch):
+    hidden, head, taught, teacher_head = (random(*shape, seed=seed) for seed, shape in enumerate(
+        [(37, 16), (300, 16), (37, 16), (300, 16)]
+    ))  # fmt: skip
+    labels = torch.arange(37) * 8
+    labels[[0, 9]] = IGNORED_LABEL
+
+    def step():
+        leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = chunked_lm_loss(
+                *leaves, labels, chunk_size=16, ce_weight=0.1, kd_weight=1.0, teacher_TD=taught,
+                teacher_head_VD=teacher_head,
+            )  # fmt: skip
+        loss.total.backward()
+        return {"loss": torch.stack(loss).detach(), "hidden": leaves[0].grad, "head": leaves[1].grad}
+
+    actual = step()
+    monkeypatch.setenv("BANKWISE_KERNEL", "reference")
+    errors = relative_errors(actual, step())
+    assert errors["loss"] < 1e-5
+    assert max(errors.values()) < 3e-3, errors
 
 
 def test_all_channels_kept_trains_as_the_dense_layer():
@@ -222,6 +274,7 @@ def test_shapes_without_data_are_those_of_the_operators():
         (torch.ops.bankwise.energy_logits_backward, (z, gate, z, *vectors[:4], True)),
         (torch.ops.bankwise.unit_gate_cpu, (gate, z, 64, 16, 1.0)),
         (torch.ops.bankwise.unit_gate_cpu_backward, (z, gate, z, *cut[1:], 64, 1.0, False, True)),
+        (torch.ops.bankwise.logit_loss, (gate, z, torch.arange(5), 0.1, 1.0, True)),
     ]
     for operator, arguments in calls:
         with FakeTensorMode() as mode:

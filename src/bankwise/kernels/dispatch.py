@@ -25,6 +25,7 @@ from bankwise.kernels.cpu.crossover import crossover
 from bankwise.kernels.cpu.packing import PackedWeights, dense_forward_int8, is_current, pack
 from bankwise.kernels.cpu.training import CpuSteUnitGate, ProductLogits
 from bankwise.kernels.triton import support
+from bankwise.models.lm_loss import LogitLoss
 
 KERNELS = ("reference", "cpu", "triton")
 UNIT_GATES = ("ste_unit", "hard", "detached", "default_ema")
@@ -197,6 +198,34 @@ def product_logits(code_TR: Tensor, expand_FR: Tensor, *vectors_F: Tensor) -> Te
     if not _trains_on_cpu(code_TR, expand_FR, *vectors_F):
         return None
     return ProductLogits.apply(code_TR, expand_FR, *vectors_F)
+
+
+def logit_loss(
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    teacher_CV: Tensor | None,
+    ce_weight: float,
+    kd_weight: float,
+    with_gradient: bool,
+) -> LogitLoss | None:
+    """`models.lm_loss.logit_loss` by the operator, which keeps a row in the cache, or None where it cannot run.
+
+    The gradient takes the place of the logits.
+    """
+    tensors = [value for value in (logits_CV, labels_C, teacher_CV) if value is not None]
+    if (
+        logits_CV.dtype not in CPU_LIMITS.dtypes
+        or (teacher_CV is not None and teacher_CV.dtype != logits_CV.dtype)
+        or any(type(value) is not Tensor or value.device.type != "cpu" for value in tensors)
+        or requested_kernel() == "reference"
+        or cpu_operators().kernel != "cpu"
+    ):
+        return None
+    logits_CV, labels_C = logits_CV.contiguous(), labels_C.contiguous()
+    teacher_CV = None if teacher_CV is None else teacher_CV.contiguous()
+    losses_C2 = torch.ops.bankwise.logit_loss(logits_CV, teacher_CV, labels_C, ce_weight, kd_weight, with_gradient)
+    cross_entropy, distillation = losses_C2.sum(0)
+    return LogitLoss(cross_entropy, distillation, logits_CV if with_gradient else None)
 
 
 def _trains_on_cpu(logits_TF: Tensor, *others: Tensor) -> bool:

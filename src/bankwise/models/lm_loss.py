@@ -7,6 +7,7 @@ them: it computes the gradients of the hidden states and of the head in the forw
 Shapes: T tokens, D hidden, V vocabulary, C tokens of one chunk.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED_LABEL = -100
+
+
+class LogitLoss(NamedTuple):
+    """Of one chunk: float32 sums over its tokens, and the gradient [C, V] of ce_weight * CE + kd_weight * KL."""
+
+    cross_entropy: Tensor
+    distillation: Tensor
+    gradient: Tensor | None
+
+
+fast_logit_loss: Callable[[Tensor, Tensor, Tensor | None, float, float, bool], LogitLoss | None] | None = None
+"""Set by `bankwise.kernels`: `logit_loss` in one operator, or None where it has to run as it is."""
 
 
 class LMLoss(NamedTuple):
@@ -78,6 +91,36 @@ def chunked_lm_loss(
     )
 
 
+def logit_loss(
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    teacher_CV: Tensor | None,
+    ce_weight: float,
+    kd_weight: float,
+    with_gradient: bool,
+) -> LogitLoss:
+    """Losses of logits, softmax and sums in float32; the gradient in the logits' dtype, and perhaps in their memory."""
+    if fast_logit_loss is not None and not torch.compiler.is_compiling():
+        losses = fast_logit_loss(logits_CV, labels_C, teacher_CV, ce_weight, kd_weight, with_gradient)
+        if losses is not None:
+            return losses
+    labels_C1 = labels_C[:, None]
+    log_p_CV = torch.log_softmax(logits_CV.float(), dim=-1)
+    cross_entropy = -log_p_CV.gather(-1, labels_C1).sum()
+    distillation = torch.zeros_like(cross_entropy)
+    if teacher_CV is not None:
+        log_q_CV = torch.log_softmax(teacher_CV.float(), dim=-1)
+        teacher_CV = log_q_CV.exp()
+        distillation = torch.linalg.vecdot(teacher_CV, log_q_CV.sub_(log_p_CV)).sum()
+    if not with_gradient:
+        return LogitLoss(cross_entropy, distillation, None)
+    grad_CV = log_p_CV.exp_().mul_(ce_weight + kd_weight)
+    if teacher_CV is not None:
+        grad_CV.sub_(teacher_CV, alpha=kd_weight)
+    grad_CV.scatter_add_(-1, labels_C1, torch.full_like(labels_C1, -ce_weight, dtype=torch.float32))
+    return LogitLoss(cross_entropy, distillation, grad_CV.to(logits_CV.dtype))
+
+
 class _ChunkedLMLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -103,27 +146,23 @@ class _ChunkedLMLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, labels_T.numel(), chunk_size):
                 part = slice(start, start + chunk_size)
-                hidden_CD, labels_C1 = hidden_TD[part].to(compute), labels_T[part, None]
-                log_p_CV = torch.log_softmax((hidden_CD @ head.T).float(), dim=-1)
-                cross_entropy -= log_p_CV.gather(-1, labels_C1).sum()
+                hidden_CD = hidden_TD[part].to(compute)
                 teacher_CV = None
                 if kd_weight:
                     assert teacher_TD is not None
                     assert teacher_head is not None
-                    log_q_CV = torch.log_softmax((teacher_TD[part].to(compute) @ teacher_head.T).float(), dim=-1)
-                    teacher_CV = log_q_CV.exp()
-                    distillation += torch.linalg.vecdot(teacher_CV, log_q_CV.sub_(log_p_CV)).sum()
-                if not (needs_hidden or needs_head):
+                    teacher_CV = teacher_TD[part].to(compute) @ teacher_head.T
+                losses = logit_loss(
+                    hidden_CD @ head.T, labels_T[part], teacher_CV, ce_weight, kd_weight, needs_hidden or needs_head
+                )
+                cross_entropy += losses.cross_entropy
+                distillation += losses.distillation
+                if losses.gradient is None:
                     continue
-                grad_CV = log_p_CV.exp_().mul_(ce_weight + kd_weight)
-                if teacher_CV is not None:
-                    grad_CV.sub_(teacher_CV, alpha=kd_weight)
-                grad_CV.scatter_add_(-1, labels_C1, torch.full_like(labels_C1, -ce_weight, dtype=torch.float32))
-                grad_CV = grad_CV.to(compute)
                 if grad_hidden_TD is not None:
-                    grad_hidden_TD[part] = grad_CV @ head
+                    grad_hidden_TD[part] = losses.gradient @ head
                 if grad_head_VD is not None:
-                    grad_head_VD += grad_CV.T @ hidden_CD
+                    grad_head_VD += losses.gradient.T @ hidden_CD
         ctx.save_for_backward(grad_hidden_TD, grad_head_VD)
         ctx.dtypes = hidden_TD.dtype, head_VD.dtype
         total = ce_weight * cross_entropy + kd_weight * distillation

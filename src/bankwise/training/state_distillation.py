@@ -3,7 +3,7 @@
 The KL over the vocabulary tells a layer in the middle little about what it should have done. The teacher's hidden
 states say it directly, at every layer and token (docs/research-log.md, 2026-11-28).
 
-Shapes: T leading dimensions, N kept tokens, D hidden.
+Shapes: T leading dimensions, D hidden.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ def state_distance(states: Sequence[Tensor], teacher_states: Sequence[Tensor], k
     """
     total = torch.zeros((), device=kept_T.device)
     for state_TD, teacher_TD in zip(states, teacher_states, strict=True):
-        target_ND = teacher_TD[kept_T].float()
-        error_N = (state_TD[kept_T].float() - target_ND).square().sum(-1)
-        total = total + (error_N / target_ND.square().sum(-1).clamp_min(1e-12)).sum()
+        target_TD = teacher_TD.float()
+        error_T = (state_TD.float() - target_TD).square().sum(-1) / target_TD.square().sum(-1).clamp_min(1e-12)
+        # Picking out the kept tokens would copy both states, and make a GPU wait for their number in every layer.
+        total = total + torch.where(kept_T, error_T, 0.0).sum()
     return total / len(states)

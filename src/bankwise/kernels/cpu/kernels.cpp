@@ -507,6 +507,23 @@ INLINE Floats exp_of(Floats x) {
   return select(x != x, x, ended);
 }
 
+// e^x for x <= 0, as good as exp_of; below the smallest normal number it is 0.
+INLINE Floats exp_of_negative(Floats x) {
+  const Floats clamped = select(x < -88.0f, splat(-88.0f), x);
+  const Floats whole = __builtin_convertvector(
+      __builtin_convertvector(clamped * 1.44269504088896341f - 0.5f, Ints), Floats);
+  const Floats r = (clamped - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  Floats p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Floats value = p * (Floats)((__builtin_convertvector(whole, Ints) + 127) << 23);
+  return select(x < -87.33655f, splat(0.0f), value);
+}
+
 // Mantissa in [sqrt(1/2), sqrt(2)) and binary exponent of a positive float; denormals are scaled first.
 INLINE Floats split(Floats x, Floats* exponent) {
   const Ints tiny = x < 1.17549435e-38f;
@@ -1647,6 +1664,105 @@ void unit_gate_backward(const UnitGate& problem, int64_t begin, int64_t end) {
                                   : unit_gate_backward_of<BF16>(problem, begin, end);
 }
 
+// kLanes logits from `i` on; those beyond the vocabulary have probability 0.
+template <class W>
+INLINE Floats logits_at(const void* row, int64_t i, int64_t vocabulary) {
+  const int count = lanes_left(i, vocabulary);
+  const Floats values = elements(Vector{row, W::kType}, i, count);
+  return count == kLanes ? values : select(first_lanes(count), values, splat(-INFINITY));
+}
+
+// Sums over a row are kept in double, and those of this many logits in lanes of float32: a vocabulary is long.
+constexpr int64_t kSumLogits = 2048;
+
+// sum of body(i) over the vectors of a row.
+template <class Body>
+INLINE double sum_row(int64_t vocabulary, const Body& body) {
+  double total = 0.0;
+  for (int64_t start = 0; start < vocabulary; start += kSumLogits) {
+    const int64_t end = start + kSumLogits < vocabulary ? start + kSumLogits : vocabulary;
+    Floats part = {};
+    for (int64_t i = start; i < end; i += kLanes) part += body(i);
+    total += sum(part);
+  }
+  return total;
+}
+
+// log softmax(x) = x - top - log_total. Kept apart: their sum in float32 would lose what is added to a large top.
+struct Normaliser {
+  float top, log_total;
+};
+
+template <class W>
+INLINE Normaliser normaliser_of(const void* row, int64_t vocabulary) {
+  Floats highest = splat(-INFINITY);
+  for (int64_t i = 0; i < vocabulary; i += kLanes) {
+    const Floats values = logits_at<W>(row, i, vocabulary);
+    highest = select(values > highest, values, highest);
+  }
+  float top = highest[0];
+  for (int lane = 1; lane < kLanes; ++lane) top = highest[lane] > top ? highest[lane] : top;
+  const double total = sum_row(vocabulary, [&](int64_t i) __attribute__((always_inline)) {
+    return exp_of_negative(logits_at<W>(row, i, vocabulary) - top);
+  });
+  return {top, (float)log(total)};
+}
+
+template <class W>
+void logit_loss_of(const LogitLoss& problem, int64_t begin, int64_t end) {
+  using Element = typename W::Element;
+  const int64_t vocabulary = problem.vocabulary;
+  const float both = problem.ce_weight + problem.kd_weight;
+  const bool is_taught = problem.teacher != nullptr;
+  for (int64_t r = begin; r < end; ++r) {
+    Element* student = (Element*)problem.student + r * vocabulary;
+    const Element* teacher = is_taught ? (const Element*)problem.teacher + r * vocabulary : nullptr;
+    const int64_t label = problem.labels[r];
+    const Normaliser own = normaliser_of<W>(student, vocabulary);
+    const Normaliser taught = is_taught ? normaliser_of<W>(teacher, vocabulary) : Normaliser{};
+    const float label_log_p = element(Vector{student, W::kType}, label) - own.top - own.log_total;
+    float label_gradient = both * expf(label_log_p) - problem.ce_weight;
+    if (is_taught) {
+      const float log_q = element(Vector{teacher, W::kType}, label) - taught.top - taught.log_total;
+      label_gradient -= problem.kd_weight * expf(log_q);
+    }
+    problem.losses[2 * r] = -label_log_p;
+    problem.losses[2 * r + 1] = 0.0f;
+    if (!is_taught && !problem.with_gradient) continue;
+    const double divergence = sum_row(vocabulary, [&](int64_t i) __attribute__((always_inline)) {
+      const int count = lanes_left(i, vocabulary);
+      const Floats log_p = logits_at<W>(student, i, vocabulary) - own.top - own.log_total;
+      Floats gradient = both * exp_of_negative(log_p), term = {};
+      if (is_taught) {
+        const Floats log_q = logits_at<W>(teacher, i, vocabulary) - taught.top - taught.log_total;
+        const Floats q = exp_of_negative(log_q);
+        term = q * (log_q - log_p);
+        if (count < kLanes) term = select(first_lanes(count), term, splat(0.0f));  // else infinity minus infinity
+        gradient -= problem.kd_weight * q;
+      }
+      if (problem.with_gradient) {
+        if constexpr (W::kType == kFloat32) {
+          store_floats(student + i, gradient, count);
+        } else {
+          store_halves(student + i, gradient, count);
+        }
+      }
+      return term;
+    });
+    if (is_taught) problem.losses[2 * r + 1] = (float)divergence;
+    if (!problem.with_gradient) continue;
+    if constexpr (W::kType == kFloat32) {
+      student[label] = label_gradient;
+    } else {
+      student[label] = to_bf16(label_gradient);
+    }
+  }
+}
+
+void logit_loss(const LogitLoss& problem, int64_t begin, int64_t end) {
+  return problem.type == kFloat32 ? logit_loss_of<F32>(problem, begin, end) : logit_loss_of<BF16>(problem, begin, end);
+}
+
 uint32_t stream(const void* data, int64_t bytes) {
   const char* p = (const char*)data;
   Words acc[4] = {};
@@ -1681,6 +1797,7 @@ const Kernels* CONCAT(kernels_, BANKWISE_ISA)() {
                                     add_chunks,
                                     unit_gate,
                                     unit_gate_backward,
+                                    logit_loss,
                                     stream};
   return &table;
 }

@@ -134,6 +134,19 @@ struct UnitGate {
   float* dz = nullptr;
 };
 
+// Cross entropy and KL(teacher || student) of rows of logits, and the gradient of their weighted sum in the student's
+// place. Softmax and sums are float32 or better whatever the type.
+struct LogitLoss {
+  Type type = kFloat32;  // of student and teacher
+  int64_t vocabulary = 0;
+  void* student = nullptr;        // [rows, V]
+  const void* teacher = nullptr;  // [rows, V], or null
+  const int64_t* labels = nullptr;
+  float ce_weight = 1.0f, kd_weight = 0.0f;
+  bool with_gradient = false;
+  float* losses = nullptr;        // [rows, 2]: cross entropy and KL, in nats
+};
+
 struct Kernels {
   const char* name;
   // Fills `lanes` from x [T, columns] (row-major, float32 or bfloat16) in the lane order of `weights`, or the digits.
@@ -168,6 +181,8 @@ struct Kernels {
   // Rows begin..end; the forward returns the number of logits that are not finite.
   int64_t (*unit_gate)(const UnitGate& problem, int64_t begin, int64_t end);
   void (*unit_gate_backward)(const UnitGate& problem, int64_t begin, int64_t end);
+  // Rows begin..end.
+  void (*logit_loss)(const LogitLoss& problem, int64_t begin, int64_t end);
   // A plain read of `bytes` bytes (a multiple of 256), for the streaming rate.
   uint32_t (*stream)(const void* data, int64_t bytes);
 };

@@ -36,6 +36,7 @@ def load() -> None:
     torch.library.register_fake("bankwise::energy_logits_backward")(_fake_energy_logits_backward)
     torch.library.register_fake("bankwise::unit_gate_cpu")(_fake_unit_gate)
     torch.library.register_fake("bankwise::unit_gate_cpu_backward")(_fake_unit_gate_backward)
+    torch.library.register_fake("bankwise::logit_loss")(_fake_logit_loss)
     if wanted := os.environ.get("BANKWISE_ISA"):
         choose_isa(wanted)
 
@@ -142,3 +143,7 @@ def _fake_unit_gate_backward(
         torch.empty_like(h) if with_dh else h.new_empty(0),
         torch.empty_like(logits) if with_dz else logits.new_empty(0),
     )
+
+
+def _fake_logit_loss(logits: Tensor, *_: object) -> Tensor:
+    return logits.new_empty((logits.shape[0], 2), dtype=torch.float32)

@@ -663,6 +663,41 @@ std::tuple<Tensor, Tensor> unit_gate_cpu_backward(Tensor dy, Tensor h, Tensor lo
   return {dh, dz};
 }
 
+// [rows, 2]: cross entropy and KL(teacher || student) of every row; with_gradient, `logits` become the gradient.
+Tensor logit_loss(Tensor logits, std::optional<Tensor> teacher, Tensor labels, double ce_weight, double kd_weight,
+                  bool with_gradient) {
+  const Kernels& isa = kernels();
+  LogitLoss problem;
+  problem.type = type_of(logits, "logits");
+  STD_TORCH_CHECK(problem.type != kInt8 && logits.dim() == 2 && logits.is_contiguous(),
+                  "logits must be contiguous float32 or bfloat16 [rows, vocabulary]");
+  const int64_t rows = logits.size(0);
+  problem.vocabulary = logits.size(1);
+  if (teacher.has_value()) {
+    STD_TORCH_CHECK(teacher->is_contiguous() && teacher->scalar_type() == logits.scalar_type() && teacher->dim() == 2 &&
+                        teacher->size(0) == rows && teacher->size(1) == problem.vocabulary,
+                    "the teacher's logits must be contiguous and of the shape and type of the student's");
+    problem.teacher = teacher->const_data_ptr();
+  }
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.is_contiguous() && labels.numel() == rows,
+                  "labels must be contiguous int64, one for each row of logits");
+  problem.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+  for (int64_t r = 0; r < rows; ++r) {
+    STD_TORCH_CHECK(problem.labels[r] >= 0 && problem.labels[r] < problem.vocabulary, "label ", problem.labels[r],
+                    " is outside the vocabulary of ", problem.vocabulary);
+  }
+  problem.ce_weight = static_cast<float>(ce_weight);
+  problem.kd_weight = static_cast<float>(kd_weight);
+  problem.with_gradient = with_gradient;
+  problem.student = with_gradient ? logits.mutable_data_ptr() : const_cast<void*>(logits.const_data_ptr());
+  Tensor losses = new_like(logits, {rows, 2}, ScalarType::Float);
+  problem.losses = static_cast<float*>(losses.mutable_data_ptr());
+  const int64_t parts = threads_for(logits.numel() * logits.element_size(), rows);
+  parallel(parts,
+           [&](int64_t part) { isa.logit_loss(problem, rows * part / parts, rows * (part + 1) / parts); });
+  return losses;
+}
+
 int64_t stream_read(Tensor data) {
   const Kernels& isa = kernels();
   STD_TORCH_CHECK(data.is_contiguous(), "the data to read must be contiguous");
@@ -722,6 +757,9 @@ STABLE_TORCH_LIBRARY(bankwise, m) {
   m.def(
       "unit_gate_cpu_backward(Tensor dy, Tensor h, Tensor logits, Tensor bits, Tensor threshold, Tensor scale, "
       "int bank_size, float alpha, bool with_dh, bool with_dz) -> (Tensor, Tensor)");
+  m.def(
+      "logit_loss(Tensor(a!) logits, Tensor? teacher, Tensor labels, float ce_weight, float kd_weight, "
+      "bool with_gradient) -> Tensor");
   m.def("stream_read(Tensor data) -> int");
   m.def("advise_huge_pages(Tensor(a!) data) -> ()");
   m.def("choose_isa(str wanted) -> str");
@@ -738,6 +776,7 @@ STABLE_TORCH_LIBRARY_IMPL(bankwise, CPU, m) {
   m.impl("energy_logits_backward", TORCH_BOX(&bankwise::energy_logits_backward));
   m.impl("unit_gate_cpu", TORCH_BOX(&bankwise::unit_gate_cpu));
   m.impl("unit_gate_cpu_backward", TORCH_BOX(&bankwise::unit_gate_cpu_backward));
+  m.impl("logit_loss", TORCH_BOX(&bankwise::logit_loss));
   m.impl("stream_read", TORCH_BOX(&bankwise::stream_read));
   m.impl("advise_huge_pages", TORCH_BOX(&bankwise::advise_huge_pages));
 }
