@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 import bankwise
 from bankwise import pipeline
 from bankwise.config import dump_recipe, load_recipe
-from bankwise.errors import ConfigError, DataError, ModelLoadError, TrainingError
+from bankwise.errors import BankwiseError, ConfigError, DataError, ModelLoadError, TrainingError
 from bankwise.pipeline import load_data
 from bankwise.report import summary_table
 from bankwise.report.folder import read_run
@@ -436,14 +436,17 @@ def test_resuming_with_another_recipe_is_refused(finished):
     assert (finished.folder / "recipe.yaml").read_text() == before
 
 
-@pytest.mark.parametrize("key", ["model", "data", "working folder"])
+@pytest.mark.parametrize("key", ["model", "data", "data of a stage", "hub data", "working folder"])
 def test_overwrite_never_deletes_what_the_run_needs(finished, recipe, key, monkeypatch):
     inside = str(finished.folder / "companion")
     settings = recipe(output=str(finished.folder))
     if key == "working folder":
         monkeypatch.chdir(inside)
+    elif key == "data of a stage":
+        settings["stages"][0]["data"] = [{"path": inside}]
     else:
-        settings[key] = inside if key == "model" else [{"path": inside}]
+        prefix = "hf:" if key == "hub data" else ""
+        settings["model" if key == "model" else "data"] = inside if key == "model" else [{"path": prefix + inside}]
     with pytest.raises(ConfigError, match="overwrite would delete"):
         bankwise.run(settings, overwrite=True, quiet=True)
     assert {path.name for path in finished.folder.iterdir()} == FILES
@@ -612,6 +615,24 @@ def test_rows_that_a_model_cannot_place_are_refused_before_the_conversion(recipe
     with pytest.raises(ConfigError, match=words):
         bankwise.train(settings, finished.folder / "untrained", quiet=True)
     assert not Path(settings.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": [{"path": "nowhere.txt"}]}, "nowhere.txt does not exist"),
+        ({"data": [{"path": "package:pydoc", "min_tokens": "1M"}]}, "no training document of min_tokens=1000000"),
+        ({"trains": "layer: 9"}, r"stages.1: trains='layer: 9', but the model has layers 0 to 1"),
+        ({"trains": "predictor", "k_schedule": "dense", "aux_weight": 1, "aux_weight_end": 0}, r"stages.1 trains only"),
+    ],
+    ids=["source", "lengths", "layer", "no loss"],
+)
+def test_a_mistake_in_a_later_stage_is_refused_before_the_conversion(recipe, change, words):
+    settings = recipe()
+    settings["stages"].append(settings["stages"][0] | change)
+    with pytest.raises(BankwiseError, match=words):
+        bankwise.run(settings, quiet=True)
+    assert not Path(settings["output"]).exists()
 
 
 # train

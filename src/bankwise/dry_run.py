@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from bankwise.config import Recipe, SparsityConfig, Stage
-from bankwise.errors import ConfigError, DataError
+from bankwise.errors import ConfigError
 from bankwise.models import sparse_config
 from bankwise.models.cost import sparsity_of
-from bankwise.pipeline import check_folder, check_model, check_run, check_train
+from bankwise.pipeline import check_checkpoint, check_folder, check_model, check_run, check_train
 from bankwise.training.budget import (
     TokenFlops,
     TrainedParameters,
@@ -27,7 +27,7 @@ from bankwise.training.budget import (
 )
 from bankwise.training.controls import DENSE_NARROW, control_sparsity, control_stages
 from bankwise.training.memory import Memory, Sharding, step_memory
-from bankwise.training.rope import changed_rope, check_rope, check_teacher
+from bankwise.training.rope import changed_rope, check_teacher
 from bankwise.upcycle.loading import load_shape
 from bankwise.upcycle.narrow import kept_channels
 
@@ -113,7 +113,6 @@ def plan_run(
         check_train(recipe)
     inputs = [] if checkpoint is None else [checkpoint]
     check_folder(Path(recipe.output), recipe, resume=resume, overwrite=overwrite, inputs=inputs)
-    _check_sources(recipe)
     dense, origin = load_shape(recipe.model)
     if sparsity_of(dense) is not None:
         raise ConfigError(f"{recipe.model} is already sparse; give the dense model that it came from")
@@ -124,7 +123,7 @@ def plan_run(
         sparse, origin = load_shape(checkpoint)
         if sparsity_of(sparse) is None:
             raise ConfigError(f"{checkpoint} is a dense model; `bankwise train` goes on from a sparse checkpoint")
-        check_rope(sparse, recipe.stages)
+        check_checkpoint(recipe, sparse)
         check_teacher(dense, recipe.stages)
     sparsity = sparsity_of(sparse)
     assert sparsity is not None
@@ -227,14 +226,6 @@ def _stage_budget(
         flops=token_flops(students["sparse"], stage),
         step_flops=step_flops,
     )
-
-
-def _check_sources(recipe: Recipe) -> None:
-    """Raise `DataError` where a local file or folder of text is missing; packages and hub datasets are not asked."""
-    for source in [*recipe.data, *(source for stage in recipe.stages for source in stage.data or [])]:
-        is_local = not source.path.startswith(("package:", "hf:", "synthetic:"))
-        if is_local and not Path(source.path).expanduser().exists():
-            raise DataError(f"{source.path} does not exist; give a file or a folder of text")
 
 
 def _disk(

@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bankwise.config import Recipe, Stage, dump_recipe, load_plan, load_recipe
+from bankwise.config import DataSource, Recipe, Stage, dump_recipe, load_plan, load_recipe
 from bankwise.data import TrainingRows, held_out_windows, mixed_windows, probe_windows, training_rows
-from bankwise.errors import ConfigError, TrainingError
+from bankwise.errors import ConfigError, DataError, TrainingError
 from bankwise.evaluation.evaluator import check_models
 from bankwise.evaluation.perplexity import active_fraction, perplexity_and_recall
 from bankwise.evaluation_report import plan_values, report_models, run_models
@@ -33,7 +33,7 @@ from bankwise.files import remove_leftovers, write_json, write_text
 from bankwise.inference import generate_text
 from bankwise.manifest import MANIFEST, damage
 from bankwise.models.checkpoint import load_checkpoint, save_checkpoint
-from bankwise.models.cost import token_cost
+from bankwise.models.cost import sparsity_of, token_cost
 from bankwise.models.modeling import use_chunked_loss
 from bankwise.processes import (
     from_main,
@@ -50,6 +50,7 @@ from bankwise.report import write_report
 from bankwise.training import COMPANION, train_stages, trained_tokens
 from bankwise.training.checkpointing import write_failure
 from bankwise.training.controls import DENSE_NARROW, check_controls, control_model, control_stages
+from bankwise.training.optimizer import check_layers, check_predictors_learn
 from bankwise.training.rope import change_rope, check_rope, check_teacher
 from bankwise.training.sharding import check_launch
 from bankwise.training.stages import clear_finished
@@ -57,7 +58,7 @@ from bankwise.training.telemetry import TelemetryPlan, probe_size
 from bankwise.training.trackers import check_trackers
 from bankwise.training.trainer import check_arguments
 from bankwise.upcycle import convert, load_dense
-from bankwise.upcycle.loading import LoadedDense
+from bankwise.upcycle.loading import LoadedDense, load_shape
 
 
 @dataclass
@@ -137,9 +138,9 @@ def _upcycle_and_train(
     started = time.time()
     say(f"loading {recipe.model}")
     with main_first():
+        check_model(recipe, load_shape(recipe.model)[0])  # what it refuses, before weights are in memory
         dense = load_dense(recipe.model)
     assert dense.tokenizer is not None
-    check_model(recipe, dense.model.config)
     job = _Job(
         recipe=recipe, data=load_data(recipe, dense.tokenizer, progress=not quiet), folder=folder,
         tokenizer=dense.tokenizer, resume=resume, quiet=quiet,
@@ -216,7 +217,7 @@ def train(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)
-    check_rope(model.config, recipe.stages)
+    check_checkpoint(recipe, model.config)
     has_teacher = any(stage.has_teacher for stage in recipe.stages)
     with main_first():
         teacher = load_dense(recipe.model, tokenizer=False).model if has_teacher else None
@@ -231,6 +232,7 @@ def train(
 def check_run(recipe: Recipe) -> None:
     """Refuse a recipe that `run` could not go through with, whatever the model."""
     check_controls(recipe)
+    _check_sources(recipe)
     _check_trainer(recipe)
 
 
@@ -240,7 +242,21 @@ def check_train(recipe: Recipe) -> None:
         raise ConfigError("the recipe has no stages, so there is nothing to train")
     if any(stage.has_teacher and stage.teacher == "companion" for stage in recipe.stages):
         raise ConfigError("teacher='companion' needs a companion: use `bankwise run`, or teacher='dense'")
+    _check_sources(recipe)
     _check_trainer(recipe)
+
+
+def _check_sources(recipe: Recipe) -> None:
+    """Raise `DataError` where a local file or folder of text is missing; packages and hub datasets are not asked."""
+    for source in _sources(recipe):
+        is_local = not source.path.startswith(("package:", "hf:", "synthetic:"))
+        if is_local and not Path(source.path).expanduser().exists():
+            raise DataError(f"{source.path} does not exist; give a file or a folder of text")
+
+
+def _sources(recipe: Recipe) -> list[DataSource]:
+    """The sources of the recipe and of its stages."""
+    return [*recipe.data, *(source for stage in recipe.stages for source in stage.data or [])]
 
 
 def _check_trainer(recipe: Recipe) -> None:
@@ -275,7 +291,8 @@ def check_folder(
         if overwrite:
             if not saved.is_file():
                 raise ConfigError(f"{folder} is not the folder of a run (no recipe.yaml), so it is not deleted")
-            for path in (Path.cwd(), recipe.model, *(source.path for source in recipe.data), *inputs):
+            texts = (source.path.removeprefix("hf:") for source in _sources(recipe))
+            for path in (Path.cwd(), recipe.model, *texts, *inputs):
                 if Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
                     raise ConfigError(
                         f"overwrite would delete {path}, which this run needs; choose another folder with output=..."
@@ -324,6 +341,16 @@ def check_model(recipe: Recipe, config: Any) -> None:
         )
     check_rope(config, recipe.stages)
     check_teacher(config, recipe.stages)
+    check_layers(recipe.stages, config.num_hidden_layers)
+
+
+def check_checkpoint(recipe: Recipe, config: Any) -> None:
+    """Refuse stages that do not fit the sparse checkpoint that `train` goes on from."""
+    check_rope(config, recipe.stages)
+    check_layers(recipe.stages, config.num_hidden_layers)
+    sparsity = sparsity_of(config)
+    if sparsity is not None:
+        check_predictors_learn("sparse", sparsity, recipe.stages)
 
 
 def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -346,9 +373,10 @@ def _write_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool
 
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: bool = False) -> RunData:
-    """Calibration windows and training rows, both from the training split, and held-out windows.
+    """Calibration windows and the rows of every stage, both from the training split, and held-out windows.
 
-    The main process reads the texts; the others are given the windows, and read rows from the cache of tokens.
+    A source that cannot be read, or a stage that finds no text in it, stops the run here, before it trains. The main
+    process reads the texts; the others are given the windows, and read rows from the cache of tokens.
     """
     held_out = from_main(
         lambda: held_out_windows(
@@ -389,6 +417,8 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: b
                 seed=settings.seed,
             )
         )
+    for number in range(len(recipe.stages)):
+        rows(number)
     return RunData(calibration, held_out, rows)
 
 

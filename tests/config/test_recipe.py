@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import bankwise.config
-from bankwise.config import CalibrationConfig, DataSource, EvalConfig, Recipe, SparsityConfig, Stage
+from bankwise.config import CalibrationConfig, DataSource, EvalConfig, Recipe, RopeChange, SparsityConfig, Stage
 from bankwise.config.amounts import parse_tokens
 from bankwise.errors import ConfigError
 
@@ -98,6 +98,24 @@ def test_a_stage_counts_whole_steps_and_accumulated_passes():
         (lambda: Stage(kd_weight=-1), ["kd_weight=-1", "0 switches it off"]),
         (lambda: Stage(predictor_lr=-1), ["predictor_lr=-1", "0 switches it off"]),
         (lambda: Stage(ce_weight=0), ["ce_weight", "kd_weight", "set one of them"]),
+        (lambda: Stage(tokens=0), ["tokens=0", "at least 1"]),
+        (lambda: Stage(batch_tokens=0), ["batch_tokens=0", "at least 1"]),
+        (lambda: Stage(loss_chunk=0), ["loss_chunk=0", "at least 1"]),
+        (lambda: Stage(lr=float("nan")), ["lr=nan", "not negative"]),
+        (lambda: Stage(aux_weight_end=-1), ["aux_weight_end=-1", "not negative"]),
+        (lambda: Stage(weight_decay=-1), ["weight_decay=-1", "not negative"]),
+        (lambda: Stage(max_grad_norm=-1), ["max_grad_norm=-1", "not negative"]),
+        (lambda: Stage(k_schedule="linear", k_start=-5), ["k_start=-5", "whole bank"]),
+        (lambda: RopeChange(theta=1e6), ["rope.theta=1e+06", "kind is 'keep'"]),
+        (lambda: RopeChange(kind="theta", theta=1e6, factor=2), ["rope.factor=2", "kind is 'theta'"]),
+        (
+            lambda: Recipe(
+                model="m",
+                data=[DataSource(path="a.jsonl")],
+                stages=[Stage(data=[DataSource(path="a.jsonl", max_documents=8)])],
+            ),
+            ["stages.0.data", "max_documents=8", "held-out"],
+        ),
         (lambda: Stage(log_steps=0), ["log_steps=0", "at least 1"]),
         (lambda: EvalConfig(windows=0), ["windows >= 1", "0"]),
         (lambda: Recipe(model="m", data=[]), ["data is empty", "package:pydoc"]),

@@ -72,6 +72,31 @@ def test_files_of_a_directory_become_one_document(tmp_path: Path) -> None:
         DataSource(path="package:pydoc", concat_by="folder")
 
 
+def test_a_file_is_on_the_same_side_alone_and_as_a_part_of_its_directory(tmp_path: Path) -> None:
+    write_files(tmp_path, {f"{index % 4}/{index}.txt": f"<text {index}>" for index in range(120)})
+    files, joined = (
+        load_split(DataSource(path=str(tmp_path), concat_by=concat_by), 0.1) for concat_by in ("none", "folder")
+    )
+    for own, others in zip(files, joined, strict=True):
+        assert len(others) == 4
+        parts = [part for document in others for part in document.text.split("\n\n")]
+        assert sorted(document.text for document in own) == sorted(parts)
+    some = load_split(DataSource(path=str(tmp_path), concat_by="folder", max_documents=2), 0.1)
+    assert {document.id for side in some for document in side} == {"0", "1"}
+
+
+def test_a_corpus_cannot_be_joined(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is a corpus of `bankwise data build`"):
+        load_documents(DataSource(path=str(tmp_path), concat_by="folder"))
+
+
+def test_half_of_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "cut \\ud83d"}\n{"text": "whole \\ud83d\\ude00"}\n')
+    assert [document.text for document in load(path)] == ["cut \ufffd", "whole \U0001f600"]
+
+
 def test_first_distinct_documents_are_read_up_to_the_maximum(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in ("a", "", "a", "b", "c")])
     with path.open("a") as file:

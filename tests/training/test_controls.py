@@ -27,6 +27,7 @@ from bankwise.training.controls import (
 
 SELECTED = ["random_fixed", "random_per_token", "oracle_bank", "oracle_global"]
 SPARSE = ["random_predictor", *SELECTED, "detached", "post_hoc"]
+WARM_UP = {"trains": "predictor", "k_schedule": "dense", "aux_weight": 1}
 WITHOUT_ROUTER = ["random_predictor", *SELECTED]
 
 
@@ -291,6 +292,9 @@ def test_settings_can_be_taken_back(sparse, tokens):
         ({"controls": ["post_hoc"], "sparsity": {"gate_mode": "hard"}, "stages": [{}, {"aux_weight": 0}]}, "no loss"),
         ({"controls": ["post_hoc"], "stages": [{"k_schedule": "dense", "aux_weight": 0}]}, "set aux_weight"),
         ({"sparsity": {"center": "ema"}}, "center='ema'"),
+        ({"controls": [], "sparsity": {"predictor_grad": "lm"}, "stages": [WARM_UP, {}]}, "stages.0 trains only"),
+        ({"controls": [], "stages": [WARM_UP | {"aux_weight_end": 0}, {}]}, "aux_weight_end=0"),
+        ({"controls": ["detached"], "stages": [{"trains": "predictor", "aux_weight": 0}, {}]}, "of the detached model"),
     ],
     ids=str,
 )
@@ -305,6 +309,7 @@ def test_sound_recipes_are_accepted():
     check_controls(recipe("post_hoc", stages=[stage(aux_weight=0)]))
     check_controls(recipe("detached", stages=[stage(aux_weight=0), stage()]))
     check_controls(recipe(stages=[]))
+    check_controls(recipe("random_predictor", stages=[stage(trains="predictor", aux_weight=0), stage()]))
 
 
 @pytest.mark.parametrize("controls", [["oracle"], ["detached", "detached"]])

@@ -41,6 +41,19 @@ def test_yarn_leaves_fast_dimensions_and_divides_slow_ones(tiny_dense):
     assert model.config.rope_parameters["original_max_position_embeddings"] == 128
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_a_second_change_goes_on_from_the_first(tiny_dense, kind):
+    twice, once = (tiny_dense(head_dim=64, hidden_size=64) for _ in range(2))
+    change_rope(twice, RopeChange(kind=kind, factor=2), seq_len=256)
+    change_rope(twice, RopeChange(kind=kind, factor=2), seq_len=512)
+    change_rope(once, RopeChange(kind=kind, factor=4), seq_len=512)
+    assert torch.equal(angles(twice), angles(once))
+    assert twice.config.max_position_embeddings == once.config.max_position_embeddings == 512
+    other = {"linear": "yarn", "yarn": "linear"}[kind]
+    with pytest.raises(ConfigError, match=f"extended by '{kind}' already"):
+        change_rope(twice, RopeChange(kind=other, factor=2), seq_len=1024)
+
+
 def test_the_checkpoint_carries_the_change(tiny_dense, sparse, tmp_path, tokens):
     for number, model in enumerate((tiny_dense(), sparse())):
         change_rope(model, RopeChange(kind="yarn", factor=2), seq_len=256)

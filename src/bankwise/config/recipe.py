@@ -161,6 +161,18 @@ class Recipe:
     """Further settings of transformers' `TrainingArguments`, for example `deepspeed: zero2.json`,
     `dataloader_num_workers: 4` or `torch_compile: true`. What the recipe and its stages decide is refused here."""
 
+    def _check_same_split(self) -> None:
+        # Of few documents the nearest to the border is held out, and which that is depends on those that are read.
+        read = {source.path: source.max_documents for source in self.data}
+        for number, stage in enumerate(self.stages):
+            for source in stage.data or []:
+                if read.get(source.path, source.max_documents) != source.max_documents:
+                    raise ConfigError(
+                        f"stages.{number}.data reads {source.path!r} with max_documents={source.max_documents}, but "
+                        f"data with {read[source.path]}, so a held-out document of one could be training text of the "
+                        "other; give both the same number"
+                    )
+
     def __post_init__(self) -> None:
         if not self.data:
             raise ConfigError("data is empty; name at least one source, for example package:pydoc")
@@ -169,6 +181,7 @@ class Recipe:
             raise ConfigError(f"controls={self.controls} must be different ones of {', '.join(CONTROLS)}")
         if not 0 < self.held_out_fraction < 1:
             raise ConfigError(f"held_out_fraction={self.held_out_fraction} is outside (0, 1)")
+        self._check_same_split()
         if self.telemetry_steps < 0:
             raise ConfigError(f"telemetry_steps={self.telemetry_steps} is negative; 0 switches the telemetry off")
         if len({stage.teacher for stage in self.stages if stage.has_teacher}) > 1:

@@ -1,5 +1,6 @@
 """One stage of training: how long, on what, what learns, and by which losses."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,10 +20,10 @@ class RopeChange:
     """New base (`theta`); 0: keep."""
 
     factor: float = 1.0
-    """Times by which the context grows (`linear`, `yarn`)."""
+    """Times by which the context grows (`linear`, `yarn`); a second change of the same kind multiplies."""
 
     original_context: int = 0
-    """Context that the model was trained at (`yarn`); 0: its max_position_embeddings."""
+    """Context that the model was trained at (`yarn`), which `factor` then counts from; 0: the context that it has."""
 
     beta_fast: float = 32.0
     """YaRN: rotations above which a dimension is left alone."""
@@ -33,6 +34,12 @@ class RopeChange:
     def __post_init__(self) -> None:
         if self.kind == "theta" and not self.theta > 0:
             raise ConfigError(f"rope.kind='theta' needs rope.theta > 0, got {self.theta}; SmolLM2 at 32K: about 1e6")
+        if self.kind != "theta" and self.theta:
+            raise ConfigError(f"rope.theta={self.theta:g} belongs to rope.kind='theta', but kind is {self.kind!r}")
+        if self.kind not in ("linear", "yarn") and self.factor != 1:
+            raise ConfigError(
+                f"rope.factor={self.factor:g} belongs to rope.kind 'linear' or 'yarn', but kind is {self.kind!r}"
+            )
         if self.kind in ("linear", "yarn") and not self.factor > 1:
             raise ConfigError(f"rope.kind={self.kind!r} needs rope.factor > 1, got {self.factor}")
 
@@ -163,10 +170,13 @@ class Stage:
         if not self.data and self.data is not None:
             self.data = None
         _check_trains(self.trains)
-        if self.seq_len < 2 or self.micro_batch < 1:
+        if self.seq_len < 2 or self.micro_batch < 1 or self.loss_chunk < 1:
             raise ConfigError(
-                f"seq_len={self.seq_len} must be at least 2 and micro_batch={self.micro_batch} at least 1"
+                f"seq_len={self.seq_len} must be at least 2, micro_batch={self.micro_batch} and "
+                f"loss_chunk={self.loss_chunk} at least 1"
             )
+        if self.tokens < 1 or self.batch_tokens < 1:
+            raise ConfigError(f"tokens={self.tokens} and batch_tokens={self.batch_tokens} must be at least 1")
         if self.batch_tokens % per_pass:
             raise ConfigError(
                 f"batch_tokens={self.batch_tokens} is not a multiple of seq_len * micro_batch = {per_pass}; "
@@ -174,9 +184,13 @@ class Stage:
             )
         if not 0 < self.aux_token_fraction <= 1:
             raise ConfigError(f"aux_token_fraction={self.aux_token_fraction} is outside (0, 1]")
-        for name in ("ce_weight", "kd_weight", "state_weight", "aux_weight", "lr", "predictor_lr"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is negative; 0 switches it off")
+        for name in (
+            "ce_weight", "kd_weight", "state_weight", "aux_weight", "aux_weight_end", "lr", "predictor_lr",
+            "weight_decay", "max_grad_norm",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{name}={value} must be a number that is not negative; 0 switches it off")
         if not (self.ce_weight or self.has_teacher or self.trains == "predictor"):
             raise ConfigError(
                 "ce_weight, kd_weight and state_weight are all 0, so nothing would train the model; set one of them"
@@ -186,6 +200,8 @@ class Stage:
                 raise ConfigError(f"{name}={getattr(self, name)} is outside (0, 1]")
         if not 0 <= self.warmup < 1 or not 0 <= self.min_lr_ratio <= 1:
             raise ConfigError(f"warmup={self.warmup} must be in [0, 1) and min_lr_ratio={self.min_lr_ratio} in [0, 1]")
+        if self.k_start < 0:
+            raise ConfigError(f"k_start={self.k_start} is negative; 0 starts with the whole bank")
         if self.k_start and self.k_schedule not in ("linear", "cosine"):
             raise ConfigError(f"k_start={self.k_start} belongs to k_schedule linear or cosine, not {self.k_schedule}")
         if self.trains == "predictor" and not (self.aux_weight or self.ce_weight or self.has_teacher):

@@ -1,7 +1,7 @@
 """A document, and the split of documents into training and held-out text.
 
 A document is a speech, a topic, a file or a row. Its side of the split depends on a hash of its id alone, so it stays
-on that side when documents are added, removed or reordered.
+on that side when documents are added, removed or reordered - unless a source has so few that one side would be empty.
 """
 
 import hashlib

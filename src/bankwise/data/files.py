@@ -4,9 +4,9 @@ Every mistake in a file is named by its line or column.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bankwise.config import DataSource
@@ -31,12 +31,14 @@ def read_files(source: DataSource) -> Iterator[Document]:
         raise DataError(
             f"{source.path} does not exist; give a file, {_KINDS}, or a source package:NAME, hf:NAME, synthetic:TASK"
         )
+    if source.concat_by != "none" and (path.is_file() or is_corpus(path)):
+        kind = "a file" if path.is_file() else "a corpus of `bankwise data build`"
+        raise ConfigError(f"concat_by={source.concat_by!r} joins the files of a folder, but {source.path} is {kind}")
     if path.is_dir() and is_corpus(path):
         return _read_corpus(path)
     if path.is_dir():
-        return read_concatenated(path) if source.concat_by == "folder" else read_folder(path)
-    if source.concat_by != "none":
-        raise ConfigError(f"concat_by={source.concat_by!r} joins the files of a folder, but {source.path} is a file")
+        documents = read_folder(path)
+        return iter(join_directories(list(documents))) if source.concat_by == "folder" else documents
     match path.suffix.lower():
         case ".jsonl":
             return _read_jsonl(path, source.text_field)
@@ -72,12 +74,18 @@ def read_folder(folder: Path, pattern: str = "*") -> Iterator[Document]:
     return (Document(file.relative_to(folder).as_posix(), read_text(file)) for file in _text_files(folder, pattern))
 
 
-def read_concatenated(folder: Path) -> Iterator[Document]:
+def directory_of(document: Document) -> str:
+    """The directory of a document that is a file of a folder, relative to the folder."""
+    return PurePosixPath(document.id).parent.as_posix()
+
+
+def join_directories(files: Sequence[Document]) -> list[Document]:
     """One document per directory: its own files in path order, a blank line between them."""
-    by_directory = sorted(_text_files(folder), key=lambda file: (file.parent.as_posix(), file.as_posix()))
-    for directory, files in groupby(by_directory, key=lambda file: file.parent):
-        texts = [text for file in files if (text := read_text(file).strip("\n"))]
-        yield Document(directory.relative_to(folder).as_posix(), "\n\n".join(texts))
+    by_directory = sorted(files, key=lambda file: (directory_of(file), file.id))
+    return [
+        Document(directory, "\n\n".join(text for file in own if (text := file.text.strip("\n"))))
+        for directory, own in groupby(by_directory, key=directory_of)
+    ]
 
 
 def read_text(path: Path) -> str:

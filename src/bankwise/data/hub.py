@@ -25,7 +25,7 @@ def read_dataset(source: DataSource) -> Iterator[Document]:
             dataset = dataset.select_columns([source.text_field])
         for number, row in enumerate(dataset):
             yield _document(row, number, source)
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set that is a script
         raise DataError(
             f"{source.path} (config_name={source.config_name or 'none'}, split={source.split!r}) cannot be read: "
             f"{' '.join(str(error).split())}; check the name, config_name, split and network, or give a local folder"

@@ -1,12 +1,13 @@
 """The documents of a data source, whatever its kind, and their split into training and held-out text."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from bankwise.config import DataSource
 from bankwise.data.documents import Document, split_documents
-from bankwise.data.files import read_files
+from bankwise.data.files import directory_of, join_directories, read_files
 from bankwise.data.hub import read_dataset
 from bankwise.data.packages import read_package
 from bankwise.data.synthetic import synthetic_documents
@@ -25,11 +26,12 @@ __all__ = [
 def load_documents(source: DataSource) -> list[Document]:
     """The documents of a source in a fixed order, at most `max_documents`.
 
-    Blank texts and exact repetitions of an earlier text are left out.
+    Blank texts and exact repetitions of an earlier text are left out. Halves of surrogate pairs, which a cut in the
+    middle of an emoji leaves in JSON, become U+FFFD: no tokenizer takes them.
     """
     documents, seen = [], set()
-    for document in _read(source):
-        digest = hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest()
+    for document in map(_without_surrogates, _read(source)):
+        digest = hashlib.sha256(document.text.encode("utf-8")).digest()
         if document.text.strip() and digest not in seen:
             seen.add(digest)
             documents.append(document)
@@ -52,8 +54,18 @@ def source_name(source: DataSource) -> str:
 
 
 def load_split(source: DataSource, held_out_fraction: float) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents of a source."""
-    return split_documents(load_documents(source), held_out_fraction, source_name(source))
+    """Training and held-out documents of a source.
+
+    With `concat_by: folder` the files are split and the two sides of a directory joined apart: a file is on the same
+    side whether it is read alone or as a part of its directory.
+    """
+    if source.concat_by == "none" or not Path(source.path).expanduser().is_dir():
+        return split_documents(load_documents(source), held_out_fraction, source_name(source))
+    directories = [document.id for document in load_documents(source)]
+    files = load_documents(dataclasses.replace(source, concat_by="none", max_documents=0))
+    chosen = [file for file in files if directory_of(file) in directories]
+    train, held_out = split_documents(chosen, held_out_fraction, source_name(source))
+    return join_directories(train), join_directories(held_out)
 
 
 def load_training_documents(source: DataSource, held_out_fraction: float) -> list[Document]:
@@ -62,6 +74,15 @@ def load_training_documents(source: DataSource, held_out_fraction: float) -> lis
     if not documents:
         raise DataError(f"all documents of {source.path} are always held out; name it in perplexity.data, not in data")
     return documents
+
+
+def _without_surrogates(document: Document) -> Document:
+    try:
+        document.text.encode("utf-8")
+    except UnicodeEncodeError:
+        whole = document.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return dataclasses.replace(document, text=whole)
+    return document
 
 
 def _read(source: DataSource) -> Iterator[Document]:

@@ -20,6 +20,7 @@ from bankwise.ffn import sparse_layers
 from bankwise.ffn.predictor import Predictor
 from bankwise.models.checkpoint import load_checkpoint
 from bankwise.processes import on_own_device
+from bankwise.training.optimizer import check_predictors_learn, passes_model_gradient
 from bankwise.upcycle.narrow import narrow_dense
 
 COMPANION = "companion"
@@ -35,6 +36,7 @@ def check_controls(recipe: Recipe) -> None:
         raise ConfigError(f"controls={recipe.controls} are trained, but the recipe has no stages; add one")
     if not recipe.stages:
         return
+    check_predictors_learn("sparse", recipe.sparsity, recipe.stages)
     idle = [] if recipe.sparsity.trains_predictor else ["sparse"]
     idle += ["companion"] if recipe.companion else []
     for name in recipe.controls:
@@ -50,13 +52,12 @@ def check_controls(recipe: Recipe) -> None:
 
 
 def _check_router_learns(name: Control, recipe: Recipe) -> None:
-    sparsity = control_sparsity(name, recipe)
-    from_model = sparsity.gate_mode not in ("detached", "hard") and sparsity.predictor_grad in ("lm", "both")
-    from_loss = [
-        sparsity.predictor_grad != "lm" and bool(stage.aux_weight or stage.aux_weight_end)
-        for stage in control_stages(name, recipe.stages)
-    ]  # fmt: skip
-    if not (from_model or (all(from_loss) if name == "post_hoc" else any(from_loss))):
+    sparsity, stages = control_sparsity(name, recipe), control_stages(name, recipe.stages)
+    check_predictors_learn(name, sparsity, stages)
+    from_auxiliary = [
+        sparsity.predictor_grad != "lm" and bool(stage.aux_weight or stage.aux_weight_end) for stage in stages
+    ]
+    if not (passes_model_gradient(sparsity) or any(from_auxiliary)):
         raise ConfigError(
             f"control {name!r}: no loss would train its predictors, because only the auxiliary one reaches them; set "
             "aux_weight, usually 0.1"

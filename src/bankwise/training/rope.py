@@ -29,14 +29,22 @@ def changed_rope(config: Any, change: RopeChange, seq_len: int) -> dict[str, Any
         return {
             "rope_parameters": rope | {"rope_theta": change.theta}, "max_position_embeddings": max(context, seq_len)
         }  # fmt: skip
-    original = change.original_context or context
-    reach = round(original * change.factor)
+    start = change.original_context or context
+    reach = round(start * change.factor)
     if seq_len > reach:
         raise ConfigError(
-            f"seq_len={seq_len} is longer than rope.factor={change.factor:g} times the context of {original}; "
-            f"use rope.factor={seq_len / original:g}"
+            f"seq_len={seq_len} is longer than rope.factor={change.factor:g} times the context of {start}; "
+            f"use rope.factor={seq_len / start:g}"
         )
-    rope |= {"rope_type": change.kind, "factor": change.factor}
+    original, factor = start, change.factor
+    before = rope.get("rope_type", "default")
+    if before in ("linear", "yarn") and before != change.kind:
+        raise ConfigError(
+            f"rope.kind={change.kind!r} on a model whose context was extended by {before!r} already: use that again"
+        )
+    if before == change.kind and not change.original_context:
+        original, factor = rope.get("original_max_position_embeddings", context), rope["factor"] * factor
+    rope |= {"rope_type": change.kind, "factor": factor}
     if change.kind == "yarn":
         rope |= {
             "original_max_position_embeddings": original, "beta_fast": change.beta_fast, "beta_slow": change.beta_slow

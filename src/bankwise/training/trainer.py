@@ -54,6 +54,11 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 """Arguments of transformers in whose place the trainer has its own optimiser, loss and fields of a stage."""
 
+_AGAINST_THE_RECIPE = {
+    "save_only_model", "average_tokens_across_devices", "auto_find_batch_size", "ignore_data_skip",
+}  # fmt: skip
+"""Arguments that would change the tokens of a step, their order, the loss's scale, or what a resumed run gives."""
+
 
 class UpcyclingTrainer(CheckpointingTrainer):
     """Trains a sparse model, or the dense companion, on one stage.
@@ -363,9 +368,13 @@ def check_arguments(arguments: dict[str, Any], stage: Stage) -> None:
     unknown = sorted(arguments.keys() - {each.name for each in dataclasses.fields(TrainingArguments)})
     if unknown:
         raise ConfigError(f"trainer: transformers {transformers.__version__} has no training argument {unknown[0]!r}")
-    refused = sorted(arguments.keys() & (_WITHOUT_EFFECT | _own_arguments(stage, Path(), 0).keys()))
+    own = _WITHOUT_EFFECT | _AGAINST_THE_RECIPE | _own_arguments(stage, Path(), 0).keys()
+    refused = sorted(arguments.keys() & own)
     if refused:
         raise ConfigError(f"trainer sets {', '.join(refused)}, which the recipe and its stages set; remove it")
+    accelerator = arguments.get("accelerator_config")
+    if isinstance(accelerator, dict) and accelerator.get("split_batches"):
+        raise ConfigError("trainer.accelerator_config sets split_batches, which would change the tokens of a step")
 
 
 def _own_arguments(stage: Stage, output: Path, seed: int) -> dict[str, Any]:
