@@ -162,15 +162,16 @@ def _run(recipe: dict[str, Any], folder: Path, name: str, overrides: list[str], 
     Companion and, where the variant does not change it, conversion are those of `default`.
     """
     output, first = folder / f"{name}-{seed}", folder / f"default-{seed}"
+    recipe = recipe | {"output": str(output), "stages": [dict(stage) for stage in recipe["stages"]]}
+    if overrides == ["WARM_UP"]:
+        recipe["stages"].insert(0, recipe["stages"][0] | WARM_UP)
+        overrides = []
+    full = load_recipe(recipe, [*overrides, "companion=true"])
+    if output != first:
+        full.companion = any(stage.has_teacher for stage in full.stages)
     if not (output / "summary.json").is_file():
         shutil.rmtree(output, ignore_errors=True)
-        recipe = recipe | {"output": str(output), "stages": [dict(stage) for stage in recipe["stages"]]}
-        if overrides == ["WARM_UP"]:
-            recipe["stages"].insert(0, recipe["stages"][0] | WARM_UP)
-            overrides = []
-        full = load_recipe(recipe, [*overrides, "companion=true"])
         if output != first:
-            full.companion = any(stage.has_teacher for stage in full.stages)
             output.mkdir()
             (output / "recipe.yaml").write_text(dump_recipe(full), encoding="utf-8")
             if full.companion:
@@ -183,6 +184,8 @@ def _run(recipe: dict[str, Any], folder: Path, name: str, overrides: list[str], 
         for weights in output.glob("*/model.safetensors"):
             if weights.parent.name not in keep:
                 weights.unlink()
+    elif load_recipe(output / "recipe.yaml") != full:
+        raise SystemExit(f"{output} was made with other settings; choose another folder")
     return json.loads((output / "summary.json").read_text(encoding="utf-8"))
 
 

@@ -42,6 +42,8 @@ def main() -> int:
     keep_freed_memory()
     if not (options.folder / "summary.json").is_file():
         bankwise.run(recipe, resume=True)
+    elif load_recipe(options.folder / "recipe.yaml") != recipe:
+        parser.error(f"{options.folder} holds a run with other settings; choose another --folder")
     windows = _windows(recipe)
     rows = []
     print(f"{'tokens':>10} {'domain':22} {'companion':>10} {'sparse':>8} {'gap':>7} {'se':>7} {'n':>4}")

@@ -468,6 +468,9 @@ def test_training_does_not_overwrite_the_checkpoint_that_it_starts_from(finished
         ({"stage": {"trains": "predictor"}}, ConfigError, "companion: false"),
         ({"stages": [], "controls": ["post_hoc"]}, ConfigError, "no stages"),
         ({"trainer": {"optim": "adafactor"}}, ConfigError, "trainer sets optim, which"),
+        ({"trainer": {"save_only_model": True}}, ConfigError, "trainer sets save_only_model, which"),
+        ({"trainer": {"eval_strategy": "steps"}}, ConfigError, "trainer sets eval_strategy, which"),
+        ({"trainer": {"accelerator_config": {"split_batches": True}}}, ConfigError, "sets split_batches"),
         ({"trainer": {"save_step": 5}}, ConfigError, "no training argument 'save_step'"),
         ({"sparsity": {"center": "ema"}, "controls": ["oracle_bank"]}, ConfigError, "center='ema'"),
     ],
@@ -485,6 +488,27 @@ def test_a_failed_overwrite_keeps_the_earlier_run(recipe):
     with pytest.raises(ModelLoadError):
         bankwise.run(settings | {"model": "no/such/model"}, overwrite=True, quiet=True)
     assert json.loads((first.folder / "summary.json").read_text()) == first.summary
+
+
+def test_overwrite_follows_a_link(recipe, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    settings = recipe(stages=[], output=str(tmp_path / "link"))
+    bankwise.run(settings, quiet=True)
+    (tmp_path / "scratch" / "old.txt").write_text("old")
+    bankwise.run(settings, overwrite=True, quiet=True)
+    assert (tmp_path / "link").is_symlink()
+    assert not (tmp_path / "scratch" / "old.txt").exists()
+    assert (tmp_path / "scratch" / "summary.json").is_file()
+
+
+def test_a_disk_that_is_full_at_the_conversion_is_named(recipe, monkeypatch):
+    def full(model, tokenizer, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pipeline, "save_checkpoint", full)
+    with pytest.raises(TrainingError, match=r"untrained could not be written .No space left on device.; free some"):
+        bankwise.run(recipe(), quiet=True)
 
 
 def test_an_output_that_cannot_be_a_folder_is_refused(recipe, tmp_path):
@@ -643,7 +667,12 @@ def test_train_gives_the_checkpoint_of_the_whole_run(finished, tmp_path):
     folder = bankwise.train(settings, finished.folder / "untrained", quiet=True)
     one, other = (load_file(path / "checkpoint" / "model.safetensors") for path in (folder, finished.folder))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-    assert {path.name for path in folder.iterdir()} == {"recipe.yaml", "metrics.jsonl", "telemetry.jsonl", "checkpoint"}
+    assert {path.name for path in folder.iterdir()} == {
+        "recipe.yaml", "metrics.jsonl", "telemetry.jsonl", "checkpoint", "started_from.json",
+    }  # fmt: skip
+    assert bankwise.train(settings, finished.folder / "untrained", resume=True, quiet=True) == folder
+    with pytest.raises(ConfigError, match=r"began from .*untrained, and .*checkpoint is another checkpoint"):
+        bankwise.train(settings, finished.checkpoint, resume=True, quiet=True)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,16 @@ from bankwise.config import Recipe, SparsityConfig, Stage
 from bankwise.errors import ConfigError
 from bankwise.models import sparse_config
 from bankwise.models.cost import sparsity_of
-from bankwise.pipeline import check_checkpoint, check_folder, check_model, check_run, check_train
+from bankwise.run_checks import (
+    STARTED_FROM,
+    check_checkpoint,
+    check_folder,
+    check_model,
+    check_run,
+    check_saved_models,
+    check_train,
+    evaluation_plan,
+)
 from bankwise.training.budget import (
     TokenFlops,
     TrainedParameters,
@@ -109,10 +118,13 @@ def plan_run(
         raise ConfigError(f"processes={processes} must be at least 1 and device_tflops={device_tflops:g} at least 0")
     if checkpoint is None:
         check_run(recipe)
+        evaluation_plan(recipe)
     else:
         check_train(recipe)
     inputs = [] if checkpoint is None else [checkpoint]
     check_folder(Path(recipe.output), recipe, resume=resume, overwrite=overwrite, inputs=inputs)
+    if resume:
+        check_saved_models(Path(recipe.output))
     dense, origin = load_shape(recipe.model)
     if sparsity_of(dense) is not None:
         raise ConfigError(f"{recipe.model} is already sparse; give the dense model that it came from")
@@ -259,8 +271,11 @@ def _writes(recipe: Recipe, models: dict[str, nn.Module], *, with_report: bool) 
     files = ["recipe.yaml", "metrics.jsonl", *(_folder_of(name) for name in models)]
     if recipe.stages:
         files += [*(["telemetry.jsonl"] if recipe.telemetry_steps else []), "training/"]
-    if with_report:
+    if not with_report:
+        files.append(STARTED_FROM)
+    else:
         files += ["upcycle.json", "untrained/", "summary.json", "report.html", "report.md"]
+        files += ["report.json", "report.csv"] if recipe.eval.preset else []
     return [f"{folder / name}{'/' if name.endswith('/') else ''}" for name in files]
 
 

@@ -1,5 +1,6 @@
 """Checksums of a folder's files, written with them: training checkpoints and saved models."""
 
+import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,17 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, {"format": "bankwise-checkpoint/1", "files": entries})
 
 
+def identity(folder: Path) -> str:
+    """Tells one saved model from another: by its config and its manifest, or the names and sizes of its files."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    if (folder / MANIFEST).is_file():
+        digest.update((folder / MANIFEST).read_bytes())
+    else:
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        digest.update(json.dumps(sizes).encode())
+    return digest.hexdigest()
+
+
 def damage(folder: Path, *, contents: bool = True) -> str | None:
     """What is wrong with a folder, by its manifest; None where it is whole.
 
@@ -43,8 +55,17 @@ def damage(folder: Path, *, contents: bool = True) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
     if contents:
         with ThreadPoolExecutor(_THREADS) as pool:
-            hashes = pool.map(file_sha256, [folder / name for name in expected])
+            hashes = pool.map(_hash, [folder / name for name in expected])
             for (name, (_, digest)), found in zip(expected.items(), hashes, strict=True):
+                if isinstance(found, OSError):
+                    return f"{name} cannot be read: {found.strerror or found}"
                 if found != digest:
                     return f"{name}: sha256 differs"
     return None
+
+
+def _hash(path: Path) -> str | OSError:
+    try:
+        return file_sha256(path)
+    except OSError as error:  # a bad sector, or a file system that has gone
+        return error

@@ -12,8 +12,9 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bankwise.config import DataSource, Recipe, Stage, dump_recipe, load_plan, load_recipe
+from bankwise.config import Recipe, Stage, dump_recipe, load_recipe
 from bankwise.data import TrainingRows, held_out_windows, mixed_windows, probe_windows, training_rows
-from bankwise.errors import ConfigError, DataError, TrainingError
-from bankwise.evaluation.evaluator import check_models
+from bankwise.errors import ConfigError, TrainingError
 from bankwise.evaluation.perplexity import active_fraction, perplexity_and_recall
-from bankwise.evaluation_report import plan_values, report_models, run_models
+from bankwise.evaluation_report import report_models, run_models
 from bankwise.ffn.allocator import keep_freed_memory
 from bankwise.files import remove_leftovers, write_json, write_text
 from bankwise.inference import generate_text
-from bankwise.manifest import MANIFEST, damage
+from bankwise.manifest import identity
 from bankwise.models.checkpoint import load_checkpoint, save_checkpoint
-from bankwise.models.cost import sparsity_of, token_cost
+from bankwise.models.cost import token_cost
 from bankwise.models.modeling import use_chunked_loss
 from bankwise.processes import (
     from_main,
@@ -42,21 +42,28 @@ from bankwise.processes import (
     main_first,
     on_own_device,
     own_device,
-    use_device,
     wait_for_all,
 )
 from bankwise.provenance import environment
 from bankwise.report import write_report
+from bankwise.run_checks import (
+    STARTED_FROM,
+    check_checkpoint,
+    check_folder,
+    check_model,
+    check_processes,
+    check_run,
+    check_saved_models,
+    check_start,
+    check_train,
+    evaluation_plan,
+)
 from bankwise.training import COMPANION, train_stages, trained_tokens
 from bankwise.training.checkpointing import write_failure
-from bankwise.training.controls import DENSE_NARROW, check_controls, control_model, control_stages
-from bankwise.training.optimizer import check_layers, check_predictors_learn
-from bankwise.training.rope import change_rope, check_rope, check_teacher
-from bankwise.training.sharding import check_launch
+from bankwise.training.controls import DENSE_NARROW, control_model, control_stages
+from bankwise.training.rope import change_rope, check_teacher
 from bankwise.training.stages import clear_finished
 from bankwise.training.telemetry import TelemetryPlan, probe_size
-from bankwise.training.trackers import check_trackers
-from bankwise.training.trainer import check_arguments
 from bankwise.upcycle import convert, load_dense
 from bankwise.upcycle.loading import LoadedDense, load_shape
 
@@ -109,9 +116,7 @@ def run(
     check_run(recipe)
     check_processes(recipe)
     folder = Path(recipe.output)
-    plan = load_plan(recipe.eval.preset, plan_values(recipe)) if recipe.eval.preset else None
-    if plan is not None:
-        check_models({"dense": recipe.model}, plan)
+    plan = evaluation_plan(recipe)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite)
     wait_for_all()  # before the main process writes to the folder that the others look at
     if resume:
@@ -123,7 +128,8 @@ def run(
     say = _Speaker(quiet)
     summary = _upcycle_and_train(recipe, folder, say, resume=resume, overwrite=overwrite, quiet=quiet)
     if is_main():
-        write_json(folder / "summary.json", summary)
+        with _told_where_full(folder / "summary.json"):
+            write_json(folder / "summary.json", summary)
         if plan is None:
             write_report(folder)
         else:
@@ -157,7 +163,8 @@ def _upcycle_and_train(
     fraction = summary["untrained"]["active_fraction"]
     if not recipe.stages:
         if is_main():
-            save_checkpoint(conversion, dense.tokenizer, folder / "checkpoint")
+            with _told_where_full(folder / "checkpoint"):
+                save_checkpoint(conversion, dense.tokenizer, folder / "checkpoint")
         summary["sparse"] = summary["untrained"]
         continuations["sparse"] = job.continuation(conversion)
     del conversion
@@ -212,6 +219,7 @@ def train(
     wait_for_all()
     if resume:
         check_saved_models(folder)
+        check_start(folder, checkpoint)
     quiet = quiet or not is_main()
     keep_freed_memory()
     if recipe.threads:
@@ -225,132 +233,11 @@ def train(
         check_teacher(teacher.config, recipe.stages)
     data = load_data(recipe, tokenizer, progress=not quiet)
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    if is_main():
+        start = Path(checkpoint).expanduser().resolve()
+        write_json(folder / STARTED_FROM, {"checkpoint": str(start), "identity": identity(start)})
     train_model(recipe, model, data, folder, "sparse", tokenizer, teacher=teacher, resume=resume, quiet=quiet)
     return folder
-
-
-def check_run(recipe: Recipe) -> None:
-    """Refuse a recipe that `run` could not go through with, whatever the model."""
-    check_controls(recipe)
-    _check_sources(recipe)
-    _check_trainer(recipe)
-
-
-def check_train(recipe: Recipe) -> None:
-    """Refuse a recipe that `train` could not go through with, whatever the checkpoint."""
-    if not recipe.stages:
-        raise ConfigError("the recipe has no stages, so there is nothing to train")
-    if any(stage.has_teacher and stage.teacher == "companion" for stage in recipe.stages):
-        raise ConfigError("teacher='companion' needs a companion: use `bankwise run`, or teacher='dense'")
-    _check_sources(recipe)
-    _check_trainer(recipe)
-
-
-def _check_sources(recipe: Recipe) -> None:
-    """Raise `DataError` where a local file or folder of text is missing; packages and hub datasets are not asked."""
-    for source in _sources(recipe):
-        is_local = not source.path.startswith(("package:", "hf:", "synthetic:"))
-        if is_local and not Path(source.path).expanduser().exists():
-            raise DataError(f"{source.path} does not exist; give a file or a folder of text")
-
-
-def _sources(recipe: Recipe) -> list[DataSource]:
-    """The sources of the recipe and of its stages."""
-    return [*recipe.data, *(source for stage in recipe.stages for source in stage.data or [])]
-
-
-def _check_trainer(recipe: Recipe) -> None:
-    check_trackers(recipe.trainer.get("report_to", recipe.report_to))
-    for stage in recipe.stages[:1]:  # the names are those of every stage
-        check_arguments(recipe.trainer, stage)
-
-
-def check_processes(recipe: Recipe) -> None:
-    """Join the processes of this launch; refuse a launch, or a stage for it, that would not do what the recipe says."""
-    check_launch()
-    use_device(recipe.device)
-    processes = join_processes()
-    for stage in recipe.stages:
-        stage.accumulation(processes)
-
-
-def check_folder(
-    folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool, inputs: Sequence[str | Path] = ()
-) -> None:
-    """Refuse a folder that may not be written to. Changes nothing, so it stands before everything that may fail.
-
-    `inputs` are further paths, beside those in the recipe, that the run reads and must not delete.
-    """
-    saved = folder / "recipe.yaml"
-    if resume and overwrite:
-        raise ConfigError("resume and overwrite exclude each other; choose one")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; choose a folder with output=...")
-    # A kill before the first file was in place leaves a hidden part of it.
-    if folder.exists() and any(not path.name.endswith(".partial") for path in folder.iterdir()):
-        if overwrite:
-            if not saved.is_file():
-                raise ConfigError(f"{folder} is not the folder of a run (no recipe.yaml), so it is not deleted")
-            texts = (source.path.removeprefix("hf:") for source in _sources(recipe))
-            for path in (Path.cwd(), recipe.model, *texts, *inputs):
-                if Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
-                    raise ConfigError(
-                        f"overwrite would delete {path}, which this run needs; choose another folder with output=..."
-                    )
-        elif not resume:
-            raise ConfigError(
-                f"{folder} already holds files; continue that run with --resume, replace it with --overwrite, "
-                "or choose another folder with output=..."
-            )
-        elif not saved.is_file() or not _continues(recipe, load_recipe(saved)):
-            raise ConfigError(
-                f"{folder} was started with another recipe, so it cannot be resumed with this one; "
-                f"use the recipe in {saved} (only its controls may grow), or choose another folder with output=..."
-            )
-
-
-def check_saved_models(folder: Path) -> None:
-    """Refuse to go on from a model that a run saved in `folder` and whose files have changed since."""
-
-    def first_damaged() -> str | None:
-        for model in sorted(path for path in folder.glob("[!.]*") if (path / MANIFEST).is_file()):
-            if reason := damage(model):
-                return f"{model} is damaged ({reason})"
-        return None
-
-    if damaged := from_main(first_damaged):
-        raise ConfigError(
-            f"{damaged}; delete that folder and it is made again, or delete its {MANIFEST} to go on with it as it is"
-        )
-
-
-def _continues(recipe: Recipe, saved: Recipe) -> bool:
-    """Whether `recipe` is the saved one, with more controls or without."""
-    return set(saved.controls) <= set(recipe.controls) and replace(saved, controls=recipe.controls) == recipe
-
-
-def check_model(recipe: Recipe, config: Any) -> None:
-    """Refuse a recipe that does not fit the shape of the dense model."""
-    recipe.sparsity.validate_for(
-        ffn_size=config.intermediate_size, num_layers=config.num_hidden_layers, hidden_act=config.hidden_act
-    )
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and recipe.eval.seq_len > context:
-        raise ConfigError(
-            f"eval.seq_len={recipe.eval.seq_len} is longer than the model's context of {context}; use {context} or less"
-        )
-    check_rope(config, recipe.stages)
-    check_teacher(config, recipe.stages)
-    check_layers(recipe.stages, config.num_hidden_layers)
-
-
-def check_checkpoint(recipe: Recipe, config: Any) -> None:
-    """Refuse stages that do not fit the sparse checkpoint that `train` goes on from."""
-    check_rope(config, recipe.stages)
-    check_layers(recipe.stages, config.num_hidden_layers)
-    sparsity = sparsity_of(config)
-    if sparsity is not None:
-        check_predictors_learn("sparse", sparsity, recipe.stages)
 
 
 def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -361,12 +248,14 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
 
 
 def _write_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    if overwrite and folder.exists() and not resume:
-        shutil.rmtree(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite and folder.exists() and not resume:
+            shutil.rmtree(folder.resolve())  # what a link leads to
+        folder.resolve().mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be created ({error.strerror}); choose another output=...") from error
+        raise ConfigError(
+            f"{folder} cannot be created or replaced ({error.strerror}); choose another output=..."
+        ) from error
     remove_leftovers(folder)
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
     (folder / "metrics.jsonl").touch()
@@ -492,16 +381,23 @@ def train_model(
         quiet=quiet,
     )
     if is_main():
-        try:
+        with _told_where_full(target):
             save_checkpoint(model, tokenizer, target)
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(
-                f"{target} could not be written ({write_failure(error)}); free some space there and go on with "
-                "--resume (resume=True), which trains nothing again"
-            ) from error
         clear_finished(model, stages, work)
     wait_for_all()
     return tokens
+
+
+@contextmanager
+def _told_where_full(target: Path) -> Iterator[None]:
+    """What could not be written inside, and what to do, as a `TrainingError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{target} could not be written ({write_failure(error) or error}); free some space there and go on with "
+            "--resume (resume=True), which trains nothing again"
+        ) from error
 
 
 def _telemetry(recipe: Recipe, stage: Stage, data: RunData, folder: Path) -> TelemetryPlan:
@@ -548,8 +444,9 @@ def _converted(
     converted: Any = conversion.model
     converted.cpu()
     say(conversion_line(conversion.report))
-    save_checkpoint(conversion.model, dense.tokenizer, target)
-    write_json(folder / "upcycle.json", conversion.report)
+    with _told_where_full(target):
+        save_checkpoint(conversion.model, dense.tokenizer, target)
+        write_json(folder / "upcycle.json", conversion.report)
     wait_for_all()
     return conversion.model
 

@@ -116,6 +116,7 @@ def test_a_stage_counts_whole_steps_and_accumulated_passes():
             ),
             ["stages.0.data", "max_documents=8", "held-out"],
         ),
+        (lambda: Recipe(model="m", stages=[Stage(name="1"), Stage()]), ["stages are called 1, 1", "rename one"]),
         (lambda: Stage(log_steps=0), ["log_steps=0", "at least 1"]),
         (lambda: EvalConfig(windows=0), ["windows >= 1", "0"]),
         (lambda: Recipe(model="m", data=[]), ["data is empty", "package:pydoc"]),

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from training.lives import STEPS, Moments, append_half, live, live_in_two, train
 from transformers import Trainer, TrainerCallback
 
+from bankwise import manifest
 from bankwise.errors import Interrupted, TrainingError
 from bankwise.manifest import MANIFEST
 from bankwise.models.checkpoint import save_checkpoint
@@ -353,6 +354,34 @@ def test_a_run_with_damaged_checkpoints_goes_back_and_ends_the_same(folder, whol
     ]  # fmt: skip
     assert record(folder) == record(whole[0])
     assert last_whole_checkpoint(work / "stage-0") == work / "stage-0" / "checkpoint-6"
+
+
+def test_a_damaged_checkpoint_never_pushes_out_a_whole_one(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, "stage-0", 5, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            train(folder)
+    work = folder / "work" / "stage-0"
+    for step in (4, 5):
+        flip(work / f"checkpoint-{step}" / "optimizer.pt")
+    at_step(monkeypatch, "stage-0", 3, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        train(folder, keep_checkpoints=1)
+    assert last_whole_checkpoint(work) == work / "checkpoint-3"
+
+
+def test_a_file_that_cannot_be_read_makes_a_checkpoint_damaged(whole, tmp_path, monkeypatch, caplog):
+    work = shutil.copytree(whole[0] / "work" / "stage-0", tmp_path / "stage-0")
+    read = manifest.file_sha256
+
+    def bad_sector(path):
+        if path == work / "checkpoint-6" / "optimizer.pt":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr(manifest, "file_sha256", bad_sector)
+    assert last_whole_checkpoint(work) == work / "checkpoint-4"
+    assert "checkpoint-6 is damaged (optimizer.pt cannot be read: Input/output error)" in caplog.text
 
 
 def test_without_save_steps_the_clock_asks_for_checkpoints(folder, whole, monkeypatch):

@@ -315,6 +315,27 @@ def test_a_resumed_training_goes_on_with_its_lines_and_signs(sparse, windows, tr
     assert lines[2]["churn"] == [None, None]
 
 
+def test_a_kill_between_two_readings_changes_no_gap_and_repeats_no_line(
+    sparse, tiny_dense, windows, training, tmp_path
+):
+    rows, folder = windows(8), tmp_path / "run"
+    stage = {"folder": folder, "tokens": 6 * 32, "lr": 1e-3, "save_steps": 2}
+    training(tiny_dense(), rows, name="companion", **stage).run()
+    work = training(sparse(), rows, telemetry_steps=3, **stage)
+    expected = [line["companion_gap"] for line in work.run().lines("telemetry.jsonl")]
+    for file in ("metrics.jsonl", "telemetry.jsonl"):
+        kept = [line for line in (folder / file).read_text().splitlines() if '"companion",' in line]
+        (folder / file).write_text("".join(line + "\n" for line in kept))
+    for last in (1, 5):  # before the first checkpoint, and from the start again to after the second
+        with pytest.raises(KeyboardInterrupt):
+            training(sparse(), rows, telemetry_steps=3, callback=Stop(last), **stage).run()
+    run = training(sparse(), rows, telemetry_steps=3, **stage)
+    run.run(folder / "work" / "checkpoint-4")
+    lines = run.lines("telemetry.jsonl")
+    assert [line["step"] for line in lines] == [0, 3, 6]
+    assert [line["companion_gap"] for line in lines] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("k_schedule", ["fixed", "linear"])
 def test_the_gap_to_the_companion_is_that_of_the_same_steps(
     sparse, tiny_dense, windows, training, tmp_path, k_schedule

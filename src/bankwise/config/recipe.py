@@ -182,6 +182,9 @@ class Recipe:
         if not 0 < self.held_out_fraction < 1:
             raise ConfigError(f"held_out_fraction={self.held_out_fraction} is outside (0, 1)")
         self._check_same_split()
+        names = [stage.name or str(number) for number, stage in enumerate(self.stages)]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"stages are called {', '.join(names)}; records tell them apart by name, so rename one")
         if self.telemetry_steps < 0:
             raise ConfigError(f"telemetry_steps={self.telemetry_steps} is negative; 0 switches the telemetry off")
         if len({stage.teacher for stage in self.stages if stage.has_teacher}) > 1:

@@ -40,6 +40,9 @@ class CheckpointingTrainer(Trainer):
     """A Trainer whose checkpoints are whole or not there, and of which the last `keep_checkpoints` stay (0: all)."""
 
     keep_checkpoints = 0
+    left_behind: frozenset[str] = frozenset()
+    """Names of the checkpoints in the folder that this training neither started from nor wrote, such as damaged ones:
+    they are no reason to delete another."""
     _written_to: Path | None = None
 
     def own_state(self) -> dict[str, Any]:
@@ -83,21 +86,26 @@ class CheckpointingTrainer(Trainer):
                 write_manifest(partial / name)
                 put_folder(partial / name, folder / name)
                 partial.rmdir()
+                self.left_behind -= {name}
 
         def make_room() -> None:
             nonlocal freed
             if self.args.should_save:
                 shutil.rmtree(partial, ignore_errors=True)
-                freed = bool(remove_old_checkpoints(folder, keep=1))
+                freed = bool(remove_old_checkpoints(self.own_checkpoints(folder), keep=1))
 
         while reason := self._together(prepare) or self._together(write) or self._together(publish):
             self._together(make_room)
             if not any(gather_object([freed])):
-                raise TrainingError(_no_room(folder, name, reason))
+                raise TrainingError(_no_room(folder, name, reason, self.own_checkpoints(folder)))
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
         if self.args.should_save and self.keep_checkpoints:
-            remove_old_checkpoints(folder, keep=self.keep_checkpoints)
+            remove_old_checkpoints(self.own_checkpoints(folder), keep=self.keep_checkpoints)
+
+    def own_checkpoints(self, folder: Path) -> list[Path]:
+        """The whole checkpoints that this training started from or wrote, oldest first."""
+        return [checkpoint for checkpoint in whole_checkpoints(folder) if checkpoint.name not in self.left_behind]
 
     def _together(self, work: Callable[[], None]) -> str | None:
         """Why `work` could not write on one of the processes; None where all are done."""
@@ -170,9 +178,14 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return [checkpoint for checkpoint in _checkpoints(folder) if damage(checkpoint, contents=False) is None]
 
 
-def remove_old_checkpoints(folder: Path, keep: int) -> list[Path]:
-    """Delete all but the last `keep` whole checkpoints of a stage; returns the deleted ones."""
-    old = whole_checkpoints(folder)[:-keep]
+def later_checkpoints(folder: Path, step: int) -> frozenset[str]:
+    """Names of the checkpoints after `step`, whole or not."""
+    return frozenset(checkpoint.name for checkpoint in _checkpoints(folder) if checkpoint_step(checkpoint) > step)
+
+
+def remove_old_checkpoints(checkpoints: list[Path], keep: int) -> list[Path]:
+    """Delete all but the last `keep` of a stage's checkpoints; returns the deleted ones."""
+    old = checkpoints[:-keep]
     for checkpoint in old:
         remove_folder(checkpoint)
     return old
@@ -184,16 +197,17 @@ def remove_checkpoints(folder: Path) -> None:
         remove_folder(checkpoint)
 
 
-def trim_record(file: Path, model: str, tokens: int) -> None:
+def trim_record(file: Path, model: str, tokens: int, *, starting: str | None = None) -> None:
     """Drop the lines that a training of `model` wrote after `tokens` tokens, and a last line that was torn.
 
-    The training that goes on from there writes them again.
+    The training that goes on from there writes them again; one that starts the stage `starting` there also those of
+    this stage at `tokens`.
     """
     if not file.is_file():
         return
     text = file.read_text(encoding="utf-8")
     lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-    kept = "".join(line for line in lines if not _is_after(json.loads(line), model, tokens))
+    kept = "".join(line for line in lines if not _is_after(json.loads(line), model, tokens, starting))
     if kept != text:
         write_text(file, kept)
 
@@ -210,8 +224,10 @@ def append_line(file: Path, row: dict[str, Any]) -> None:
         ) from error
 
 
-def _is_after(row: dict[str, Any], model: str, tokens: int) -> bool:
-    return row.get("model") == model and row.get("tokens", 0) > tokens
+def _is_after(row: dict[str, Any], model: str, tokens: int, starting: str | None) -> bool:
+    at = row.get("tokens", 0)
+    is_start = starting is not None and at == tokens and row.get("stage") == starting
+    return row.get("model") == model and (at > tokens or is_start)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -219,8 +235,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
-def _no_room(folder: Path, name: str, reason: str) -> str:
-    whole = whole_checkpoints(folder)
+def _no_room(folder: Path, name: str, reason: str, whole: list[Path]) -> str:
     if not whole:
         return (
             f"{name} could not be written to {folder} ({reason}), and the stage has no whole one before it; free some "

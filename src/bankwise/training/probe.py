@@ -46,7 +46,7 @@ class RoutingProbe:
         def observe(layer: SparseSwiGLU, h_WSF: Tensor, logits_WSF: Tensor) -> None:
             for h_SF, logits_SF in zip(h_WSF, logits_WSF, strict=True):
                 mask_SF = _count_window(counts[layer.layer], h_SF, logits_SF)
-                masks[layer.layer].append(mask_SF[:: self._stride])
+                masks[layer.layer].append(mask_SF[:: self._stride].clone())  # a view would keep the whole mask
 
         loss = 0.0
         device = next(model.parameters()).device

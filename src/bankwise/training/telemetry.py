@@ -80,7 +80,8 @@ class Telemetry(TrainerCallback):
         )  # fmt: skip
         self._gradients: dict[str, dict[int, Tensor]] = {"lm": {}, "aux": {}}
         self._companion_losses: dict[int, float] = {}
-        self._gaps: list[float] = []
+        self.gaps: list[float] = []
+        """Of the logged steps since the last reading; kept in checkpoints."""
         self._spent = 0.0
         self._has_said_rarer = False
 
@@ -102,7 +103,8 @@ class Telemetry(TrainerCallback):
         before: list[Any] = [None]
         if self.trainer.is_world_process_zero():
             now = self.trainer.tokens_at(state.global_step)
-            trim_record(self.plan.file, self.trainer.name, now)
+            is_start = state.global_step == 0
+            trim_record(self.plan.file, self.trainer.name, now, starting=self.stage.name if is_start else None)
             lines = _lines_before(self.plan.file, self.trainer.name, self.trainer.tokens_at(0), now)
             before = [(lines, self._read_companion())]
         lines, self._companion_losses = broadcast_object_list(before)[0]
@@ -124,7 +126,7 @@ class Telemetry(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs and "ce" in logs and state.global_step in self._companion_losses:
-            self._gaps.append(logs["ce"] - self._companion_losses[state.global_step])
+            self.gaps.append(logs["ce"] - self._companion_losses[state.global_step])
 
     def _read_companion(self) -> dict[int, float]:
         """Cross entropy of the companion in this stage, by step."""
@@ -160,14 +162,14 @@ class Telemetry(TrainerCallback):
         line: dict[str, Any] = {
             **self._place(step),
             **reading,
-            "companion_gap": mean(self._gaps) if self._gaps else None,
+            "companion_gap": mean(self.gaps) if self.gaps else None,
             "router_gradient": {kind: self._norms(kind, values, remaining) for kind, values in squared.items()},
             "interval": self.interval,
             "step_seconds": step_seconds if steps else None,
             "probe_seconds": probe_seconds,
             "cost_share": spent / (spent + steps * step_seconds) if steps else None,
         }
-        self._gaps = []
+        self.gaps = []
         self._write(line)
         trainer.log(_scalars(line))
         self._look(line)

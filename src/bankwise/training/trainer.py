@@ -35,9 +35,9 @@ from bankwise.training.checkpointing import (
     append_line,
     checkpoint_step,
     last_whole_checkpoint,
+    later_checkpoints,
     read_own_state,
     trim_record,
-    whole_checkpoints,
 )
 from bankwise.training.controls import COMPANION
 from bankwise.training.optimizer import has_trainable_predictors, parameter_groups, select_trained
@@ -55,9 +55,11 @@ _WITHOUT_EFFECT = {
 """Arguments of transformers in whose place the trainer has its own optimiser, loss and fields of a stage."""
 
 _AGAINST_THE_RECIPE = {
-    "save_only_model", "average_tokens_across_devices", "auto_find_batch_size", "ignore_data_skip",
+    "save_only_model", "average_tokens_across_devices", "auto_find_batch_size", "ignore_data_skip", "eval_strategy",
+    "load_best_model_at_end",
 }  # fmt: skip
-"""Arguments that would change the tokens of a step, their order, the loss's scale, or what a resumed run gives."""
+"""Arguments that would change the tokens of a step, their order, the loss's scale, or what a resumed run gives; and
+those that need evaluations during training, where the telemetry reads the held-out loss."""
 
 
 class UpcyclingTrainer(CheckpointingTrainer):
@@ -262,7 +264,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
         return f"step {step} of {self.stage.steps}" + (f" of stage {self.stage.name}" if self.stage.name else "")
 
     def _last_good(self) -> str:
-        saved = whole_checkpoints(Path(str(self.args.output_dir)))
+        saved = self.own_checkpoints(Path(str(self.args.output_dir)))
         # A checkpoint of the step that has just ended holds the very weights that gave this loss.
         good = [checkpoint for checkpoint in saved if checkpoint_step(checkpoint) < self.state.global_step]
         if not good:
@@ -322,13 +324,16 @@ class UpcyclingTrainer(CheckpointingTrainer):
         for first in range(0, len(self.parts), passes):
             same = [part for parts in everywhere for part in parts[first : first + passes]]
             steps.append({key: sum(part[key] for part in same) / len(same) * scales[key] for key in same[0]})
-        return {"open_line": steps}
+        gaps = [] if self.telemetry is None else self.telemetry.gaps
+        return {"open_line": steps, "companion_gaps": gaps}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Take up what `own_state` gave, also with another number of processes."""
         scales, passes = self._scales(), self.args.gradient_accumulation_steps
         shares = [{key: value / scales[key] for key, value in step.items()} for step in state["open_line"]]
         self.parts = [share for share in shares for _ in range(passes)]
+        if self.telemetry is not None:
+            self.telemetry.gaps = list(state.get("companion_gaps", []))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the Trainer, with the attention of the document mask, and the router's precision.
@@ -344,6 +349,7 @@ class UpcyclingTrainer(CheckpointingTrainer):
         if isinstance(resume_from_checkpoint, str):
             step = checkpoint_step(Path(resume_from_checkpoint))
             self.load_own_state(read_own_state(Path(resume_from_checkpoint)))
+        self.left_behind = later_checkpoints(Path(str(self.args.output_dir)), step)
         if self.args.should_save:
             remove_leftovers(Path(str(self.args.output_dir)))
         if self.metrics_file is not None and self.is_world_process_zero():
