@@ -24,7 +24,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bankwise.config import Recipe, Stage, dump_recipe, load_recipe
-from bankwise.data import TrainingRows, held_out_windows, mixed_windows, probe_windows, training_rows
+from bankwise.data import (
+    TokenizedDocuments,
+    TrainingRows,
+    held_out_windows,
+    mixed_windows,
+    probe_windows,
+    training_rows,
+)
 from bankwise.errors import ConfigError, TrainingError
 from bankwise.evaluation.perplexity import active_fraction, perplexity_and_recall
 from bankwise.evaluation_report import report_models, run_models
@@ -278,6 +285,8 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: b
         )
     )
 
+    known: dict[str, TokenizedDocuments] = {}
+
     @functools.cache  # every model of the run trains on the same rows
     def rows(number: int) -> TrainingRows:
         stage = recipe.stages[number]
@@ -290,6 +299,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: b
             held_out_fraction=recipe.held_out_fraction,
             seed=recipe.seed + number,
             progress=progress,
+            known=known,
         )
 
     settings = recipe.calibration

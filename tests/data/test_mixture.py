@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bankwise.config import DataSource, Packing
-from bankwise.data import load_split, training_rows
+from bankwise.data import load_split, mixture, training_rows
 from bankwise.errors import ConfigError
 
 
@@ -115,6 +115,21 @@ def test_a_repeated_source_is_reshuffled_and_warned_about_once(make_source, rows
     epochs = [order[start : start + documents] for start in range(0, 64 - documents, documents)]
     assert all(len(set(epoch)) == documents for epoch in epochs)
     assert epochs[0] != epochs[1]
+
+
+def test_a_source_is_read_once_for_all_stages_of_a_run(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some words " * 400)
+    reads = []
+    read = mixture.tokenized_training_split
+    monkeypatch.setattr(mixture, "tokenized_training_split", lambda *a, **k: reads.append(a[0].path) or read(*a, **k))
+    known = {}
+    for seq_len, weight in ((16, 1.0), (32, 0.5)):
+        source = DataSource(path=str(tmp_path / "a.txt"), weight=weight)
+        settings = {"seq_len": seq_len, "num_rows": 4, "packing": Packing(), "held_out_fraction": 0.2}
+        rows = training_rows([source], tokenizer, **settings, known=known)
+        alone = training_rows([source], tokenizer, **settings)
+        assert torch.equal(rows[0]["input_ids"], alone[0]["input_ids"])
+    assert len(reads) == 3
 
 
 @pytest.mark.parametrize("mode", ["best_fit", "concat_split"])

@@ -7,6 +7,7 @@ for.
 Shapes: T tokens of a row.
 """
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,11 +86,13 @@ def training_rows(
     held_out_fraction: float,
     seed: int = 0,
     progress: bool = False,
+    known: dict[str, TokenizedDocuments] | None = None,
 ) -> TrainingRows:
     """Exactly `num_rows` rows of `seq_len` positions, shared among the sources by weight.
 
     Every source gives at least one row where there are enough. Each epoch over a source is shuffled and packed anew
-    (epochs of a few rows several at a time); a source that is too small is repeated, with a warning.
+    (epochs of a few rows several at a time); a source that is too small is repeated, with a warning. `known` keeps what
+    was read for later calls of the same run, which then do not read a stream again.
     """
     if not sources:
         raise ConfigError("no data source is given; name at least one, for example package:pydoc")
@@ -100,7 +103,12 @@ def training_rows(
     for index, (source, share) in enumerate(zip(sources, shares, strict=True)):
         if share == 0:
             continue
-        documents = tokenized_training_split(source, tokenizer, held_out_fraction, progress=progress)
+        key = repr(dataclasses.replace(source, weight=1.0))
+        documents = None if known is None else known.get(key)
+        if documents is None:
+            documents = tokenized_training_split(source, tokenizer, held_out_fraction, progress=progress)
+            if known is not None:
+                known[key] = documents
         parts.append(_SourceRows(documents, _source_rows(source, documents, share, seq_len, packing, (seed, index))))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rows = TrainingRows(parts, seed % 2**32, pad or 0)
