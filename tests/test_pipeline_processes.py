@@ -79,7 +79,7 @@ def test_a_run_of_two_processes_writes_what_one_process_writes(
 def test_stages_that_the_processes_cannot_share_are_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bankwise.pipeline.join_processes", lambda: 3)
+    monkeypatch.setattr("bankwise.run_checks.join_processes", lambda: 3)
     recipe = tiny_recipe(tmp_path / "no-model", tmp_path / "no-texts", tmp_path / "run")
     with pytest.raises(ConfigError, match="batch_tokens=64 cannot be shared by 3 processes"):
         bankwise.run(recipe, quiet=True)

@@ -22,6 +22,7 @@ from bankwise.run_checks import (
     check_model,
     check_run,
     check_saved_models,
+    check_sources,
     check_train,
     evaluation_plan,
 )
@@ -123,6 +124,7 @@ def plan_run(
         check_train(recipe)
     inputs = [] if checkpoint is None else [checkpoint]
     check_folder(Path(recipe.output), recipe, resume=resume, overwrite=overwrite, inputs=inputs)
+    check_sources(recipe)
     if resume:
         check_saved_models(Path(recipe.output))
     dense, origin = load_shape(recipe.model)

@@ -61,6 +61,7 @@ from bankwise.run_checks import (
     check_processes,
     check_run,
     check_saved_models,
+    check_sources,
     check_start,
     check_train,
     evaluation_plan,
@@ -122,6 +123,7 @@ def run(
         recipe = load_recipe(recipe, overrides)
     check_run(recipe)
     check_processes(recipe)
+    check_sources(recipe)
     folder = Path(recipe.output)
     plan = evaluation_plan(recipe)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite)
@@ -221,6 +223,7 @@ def train(
     """
     check_train(recipe)
     check_processes(recipe)
+    check_sources(recipe)
     folder = Path(recipe.output)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite, inputs=[checkpoint])
     wait_for_all()

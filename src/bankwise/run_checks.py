@@ -30,7 +30,6 @@ STARTED_FROM = "started_from.json"
 def check_run(recipe: Recipe) -> None:
     """Refuse a recipe that `run` could not go through with, whatever the model."""
     check_controls(recipe)
-    _check_sources(recipe)
     _check_trainer(recipe)
 
 
@@ -40,11 +39,10 @@ def check_train(recipe: Recipe) -> None:
         raise ConfigError("the recipe has no stages, so there is nothing to train")
     if any(stage.has_teacher and stage.teacher == "companion" for stage in recipe.stages):
         raise ConfigError("teacher='companion' needs a companion: use `bankwise run`, or teacher='dense'")
-    _check_sources(recipe)
     _check_trainer(recipe)
 
 
-def _check_sources(recipe: Recipe) -> None:
+def check_sources(recipe: Recipe) -> None:
     """Raise `DataError` where a local file or folder of text is missing; packages and hub datasets are not asked."""
     for source in _sources(recipe):
         is_local = not source.path.startswith(("package:", "hf:", "synthetic:"))

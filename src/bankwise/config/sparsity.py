@@ -40,7 +40,7 @@ class SparsityConfig:
 
     predictor_rank: int | Literal["auto"] = "auto"
     """R: rows of the predictor's `reduce` matrix. `auto`: 128 below hidden size 2048, 512 above FFN width 14336, else
-    256."""
+    256. More rank is the strongest lever on quality, and costs speed (docs/training.md)."""
 
     predictor_form: PredictorForm = "gated_product"
     """`linear`: logits = V U x + b. `gated_product`: half of the rank rebuilds the gate, half the up projection,
