@@ -87,8 +87,10 @@ def test_a_file_is_on_the_same_side_alone_and_as_a_part_of_its_directory(tmp_pat
 
 def test_a_corpus_cannot_be_joined(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is a corpus of `bankwise data build`"):
-        load_documents(DataSource(path=str(tmp_path), concat_by="folder"))
+    source = DataSource(path=str(tmp_path), concat_by="folder")
+    for read in (load_documents, lambda source: load_split(source, 0.1)):
+        with pytest.raises(ConfigError, match="is a corpus of `bankwise data build`"):
+            read(source)
 
 
 def test_half_of_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bankwise.config import DataSource
 from bankwise.data.documents import Document, split_documents
-from bankwise.data.files import directory_of, join_directories, read_files
+from bankwise.data.files import directory_of, is_corpus, join_directories, read_files
 from bankwise.data.hub import read_dataset
 from bankwise.data.packages import read_package
 from bankwise.data.synthetic import synthetic_documents
@@ -59,10 +59,11 @@ def load_split(source: DataSource, held_out_fraction: float) -> tuple[list[Docum
     With `concat_by: folder` the files are split and the two sides of a directory joined apart: a file is on the same
     side whether it is read alone or as a part of its directory.
     """
-    if source.concat_by == "none" or not Path(source.path).expanduser().is_dir():
+    path = Path(source.path).expanduser()
+    if source.concat_by == "none" or not path.is_dir() or is_corpus(path):
         return split_documents(load_documents(source), held_out_fraction, source_name(source))
-    directories = [document.id for document in load_documents(source)]
     files = load_documents(dataclasses.replace(source, concat_by="none", max_documents=0))
+    directories = sorted({directory_of(file) for file in files})[: source.max_documents or None]
     chosen = [file for file in files if directory_of(file) in directories]
     train, held_out = split_documents(chosen, held_out_fraction, source_name(source))
     return join_directories(train), join_directories(held_out)

@@ -484,21 +484,26 @@ void linear(const Linear& problem, int64_t begin, int64_t end) {
   }
 }
 
-// e^x, at most 2 units in the last place off; arguments below -87 give 0 and above 88 infinity, NaN stays.
-INLINE Floats exp_of(Floats x) {
-  const Floats clamped = select(x < -88.0f, splat(-88.0f), select(x > 89.0f, splat(89.0f), x));
-  const Floats scaled = clamped * 1.44269504088896341f;
-  const Floats whole = __builtin_convertvector(
-      __builtin_convertvector(scaled + select(scaled < 0.0f, splat(-0.5f), splat(0.5f)), Ints), Floats);
+// e^(x - whole * ln 2), for a whole number that leaves at most half of ln 2.
+INLINE Floats exp_rest(Floats x, Floats whole) {
   // ln 2 in two pieces (Cody and Waite), then the polynomial of Cephes' expf.
-  const Floats r = (clamped - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  const Floats r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
   Floats p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  return p * r * r + r + 1.0f;
+}
+
+// e^x, at most 2 units in the last place off; arguments below -87 give 0 and above 88 infinity, NaN stays.
+INLINE Floats exp_of(Floats x) {
+  const Floats clamped = select(x < -88.0f, splat(-88.0f), select(x > 89.0f, splat(89.0f), x));
+  const Floats scaled = clamped * 1.44269504088896341f;
+  const Floats whole = __builtin_convertvector(
+      __builtin_convertvector(scaled + select(scaled < 0.0f, splat(-0.5f), splat(0.5f)), Ints), Floats);
+  const Floats p = exp_rest(clamped, whole);
   // 2^whole in two factors, so that neither end of the range overflows the exponent field.
   const Ints exponent = __builtin_convertvector(whole, Ints);
   const Ints half = exponent >> 1;
@@ -512,15 +517,7 @@ INLINE Floats exp_of_negative(Floats x) {
   const Floats clamped = select(x < -88.0f, splat(-88.0f), x);
   const Floats whole = __builtin_convertvector(
       __builtin_convertvector(clamped * 1.44269504088896341f - 0.5f, Ints), Floats);
-  const Floats r = (clamped - whole * 0.693359375f) - whole * -2.12194440e-4f;
-  Floats p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Floats value = p * (Floats)((__builtin_convertvector(whole, Ints) + 127) << 23);
+  const Floats value = exp_rest(clamped, whole) * (Floats)((__builtin_convertvector(whole, Ints) + 127) << 23);
   return select(x < -87.33655f, splat(0.0f), value);
 }
 
